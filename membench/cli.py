@@ -1,0 +1,352 @@
+"""The command line: parse, call, print. Heavy imports wait inside the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from membench import __version__
+from membench.errors import MembenchError
+
+if TYPE_CHECKING:
+    from membench.registry import Registry
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="How much of its training set can a diffusion model be made to give back?",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+board_app = typer.Typer(no_args_is_help=True, help="Boards made from saved records.")
+new_app = typer.Typer(no_args_is_help=True, help="Write a working template.")
+app.add_typer(board_app, name="leaderboard")
+app.add_typer(new_app, name="new")
+
+Plugins = Annotated[
+    list[Path] | None,
+    typer.Option("--plugins", help="Folder with your own methods (*.py) and data cards (*.toml)."),
+]
+Results = Annotated[Path, typer.Option(help="Folder of everything that is computed.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Boards = Annotated[Path, typer.Option("--dir", help="Folder of the boards and their records/.")]
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2."""
+    try:
+        app()
+    except MembenchError as error:
+        print(f"membench: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `membench list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Ctrl-C in long work says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("membench: interrupted; run the same command again to go on", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"membench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _registry(plugins: list[Path] | None) -> Registry:
+    from membench.registry import Registry
+
+    return Registry(plugins or ())
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="methods, datasets, targets or metrics.")] = "all",
+    plugins: Plugins = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what there is: methods, data sets, targets, metrics.
+
+    Example: `membench list methods`
+    """
+    from membench import catalogue
+
+    rows = catalogue.rows(_registry(plugins), what)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        catalogue.show(rows)
+
+
+@app.command()
+def info(
+    name: Annotated[str, typer.Argument(help="A method, data set, DATASET/TARGET or metric.")],
+    plugins: Plugins = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell all about one method, data set, target or metric.
+
+    Example: `membench info fashion_mini`
+    """
+    from membench import catalogue
+
+    found = catalogue.describe(_registry(plugins), name)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        catalogue.show_one(found)
+
+
+@app.command()
+def run(
+    method: Annotated[str, typer.Option(help="Extraction method; see `membench list methods`.")],
+    dataset: Annotated[str, typer.Option(help="Data set; see `membench list datasets`.")],
+    target: Annotated[
+        str | None, typer.Option(help="Target of the card, or oracle:RATE [default: the card's]")
+    ] = None,
+    guidance_scale: Annotated[
+        str | None, typer.Option(help="One or more, as in 0.3,1 [default: the card's]")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images per scale [default: the card's]")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampler steps [default: the card's]")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images per batch [default: the card's]")
+    ] = None,
+    label: Annotated[
+        int | None, typer.Option(help="One target label for every image [default: uniform]")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A method's parameter, as in n_clusters=50.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the images.")] = 0,
+    attack_seed: Annotated[
+        int, typer.Option(help="Seed of synthetic set, classifiers and clusters.")
+    ] = 0,
+    device: Device = "auto",
+    results: Results = Path("results"),
+    plugins: Plugins = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print stages, cache hits and model calls only.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Attack a target with one method and write a record.
+
+    Example: `membench run --method side_c --dataset fashion_mini`
+
+    Example: `membench run --method random --dataset fashion_mini --target oracle:0.3 --images 256`
+    """
+    from rich.console import Console
+
+    from membench.console import Stages
+
+    registry = _registry(plugins)
+    registry.method(method), registry.card(dataset)  # a wrong name answers before torch is loaded
+    scales, changes = _scales(guidance_scale), _settings(settings)
+    from membench import run as engine
+    from membench.report import table
+
+    console = Console(stderr=as_json)
+    cell = engine.prepare(
+        registry,
+        results,
+        Stages(console, quiet=as_json),
+        method=method,
+        dataset=dataset,
+        target=target,
+        settings=changes,
+        guidance_scales=scales,
+        images=images,
+        steps=steps,
+        batch_size=batch_size,
+        label=label,
+        seed=seed,
+        attack_seed=attack_seed,
+        device=device,
+    )
+    if dry_run:
+        stages = [{"stage": s.stage, "cached": s.cached} | vars(s.work) for s in cell.plan()]
+        if as_json:
+            print(
+                json.dumps({"id": cell.id, "identity": cell.identity, "stages": stages}, indent=1)
+            )
+        else:
+            console.print(table.plan(stages))
+        return
+    with _resumable():
+        record = engine.run(cell)
+    if as_json:
+        print(json.dumps(record, indent=1))
+    else:
+        console.print(table.report(record))
+        console.print(f"record  {cell.folder / engine.RECORD}", soft_wrap=True, highlight=False)
+        console.print(f"picture {cell.folder / engine.SHEET}", soft_wrap=True, highlight=False)
+
+
+def _scales(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise MembenchError(
+            f"--guidance-scale {text}: expected numbers, as in 0.3 or 0.3,1"
+        ) from None
+
+
+def _settings(texts: list[str] | None) -> dict[str, str]:
+    changes = {}
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise MembenchError(f"--set {text}: expected NAME=VALUE")
+        changes[key.strip()] = value.strip()
+    return changes
+
+
+@app.command()
+def train(
+    dataset: Annotated[str, typer.Argument(help="Data set; see `membench list datasets`.")],
+    target: Annotated[str, typer.Option(help="Target of the card whose recipe is followed.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+    device: Device = "auto",
+    results: Results = Path("results"),
+    plugins: Plugins = None,
+) -> None:
+    """Train a target model by its card's recipe.
+
+    Writes weights, recipe, loss curve and memorised share over training to
+    RESULTS/targets/DATASET/NAME; after a kill, `--resume` gives the same weights as without one.
+
+    Example: `membench train fashion_mini --target ddpm`
+    """
+    registry = _registry(plugins)
+    card = registry.card(dataset)
+    if target not in card.targets:
+        from membench.registry import unknown
+
+        raise unknown(f"target of {dataset}", target, card.targets)
+    from membench import training
+
+    with _resumable():
+        training.train_target(registry, card, target, results, device=device, resume=resume)
+
+
+@app.command()
+def verify(
+    record: Annotated[Path, typer.Argument(help="A record.json or the folder it lies in.")],
+) -> None:
+    """Recompute every number of a record from its saved matches; fail on any difference.
+
+    Example: `membench verify results/runs/fashion_mini/ddpm/side_c-seed0-1234567890ab`
+    """
+    from membench.verify import verify as check
+
+    found = check(record)
+    print(f"{record}: every number recomputed, all equal (id {found['id'][:12]})")
+
+
+@new_app.command("method")
+def new_method(
+    name: Annotated[str, typer.Argument(help="Name of the method and of its file.")],
+    folder: Annotated[Path, typer.Option("--dir", help="Where to write it.")] = Path(),
+) -> None:
+    """Write NAME.py, a working extraction method to start from.
+
+    Example: `membench new method my_attack`
+    """
+    from membench.templates import write_method
+
+    path = write_method(name, folder)
+    print(
+        f"wrote {path}\n"
+        f"test it: membench test {name} --plugins {folder}\n"
+        f"run it:  membench run --method {name} --dataset fashion_mini --plugins {folder}"
+    )
+
+
+@app.command("test")
+def test_(
+    name: Annotated[str | None, typer.Argument(help="A method [default: all]")] = None,
+    plugins: Plugins = None,
+) -> None:
+    """Run the contract tests on a method: offline, in seconds.
+
+    Example: `membench test my_attack --plugins .`
+    """
+    from membench.contract import test_methods
+
+    if not test_methods(_registry(plugins), name):
+        raise typer.Exit(1)
+
+
+@board_app.command("add")
+def leaderboard_add(
+    records: Annotated[list[Path], typer.Argument(help="record.json files or their folders.")],
+    folder: Boards = Path("leaderboards"),
+) -> None:
+    """Verify records and copy them beside the boards; then `build`.
+
+    Example: `membench leaderboard add results/runs/fashion_mini/*/*`
+    """
+    from membench.report.leaderboard import add
+    from membench.verify import verify as check
+
+    for path in records:
+        print(add(check(path), folder))
+
+
+@board_app.command("build")
+def leaderboard_build(folder: Boards = Path("leaderboards")) -> None:
+    """Write every board from the records in `leaderboards/records`.
+
+    Example: `membench leaderboard build`
+    """
+    from membench.report.leaderboard import build
+
+    for path in build(folder):
+        print(path)
+
+
+@board_app.command("check")
+def leaderboard_check(folder: Boards = Path("leaderboards")) -> None:
+    """Fail when a board is not what its records say.
+
+    Example: `membench leaderboard check`
+    """
+    from membench.report.leaderboard import check
+
+    print(f"{folder}: {check(folder)} files are what their records say")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Target models, samplers, guidance, classifiers: diffusion without any method or data set."""

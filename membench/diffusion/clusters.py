@@ -1,0 +1,125 @@
+"""Clusters as surrogate labels (SIDE-C): k-means on descriptors of synthetic images (spec 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+
+from membench.diffusion.sampler import from_uint8
+from membench.errors import MembenchError
+
+DESCRIPTORS = ("pixels_pca", "pixels_lowres", "classifier")
+DIRECTIONS, VARIANCE = 64, 0.95  # pixels_pca: the fewest directions that hold 95 %, at most 64
+LOWRES = 8  # pixels_lowres: at most 8 x 8 averages per channel
+IMAGES_PER_CLUSTER = 4
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """labels: int64 [N], each image's kept cluster, 0 .. n_clusters - 1; report: JSON-able."""
+
+    labels: np.ndarray
+    n_clusters: int
+    report: dict[str, Any]
+
+
+def describe(images: np.ndarray, name: str, features: np.ndarray | None = None) -> np.ndarray:
+    """Descriptors of a set of images, centred on the set and L2-normalised: float64 [N, D].
+
+    images: uint8 [N, H, W, C]. `pixels_pca`: coordinates along the first principal directions of
+    the pixels; `pixels_lowres`: pixels averaged to 8 x 8; `classifier`: `features` [N, F], the
+    penultimate layer of a label classifier trained on synthetic images.
+    """
+    if name not in DESCRIPTORS:
+        raise MembenchError(f"cluster_descriptor: {name!r}, expected one of {DESCRIPTORS}")
+    if name == "classifier":
+        if features is None:
+            raise MembenchError(
+                "cluster_descriptor: 'classifier' needs the features of a label classifier; "
+                "choose a descriptor of pixels"
+            )
+        raw = np.asarray(features, dtype=np.float64)
+    elif name == "pixels_lowres":
+        _, height, width, _ = images.shape
+        size = (min(height, LOWRES), min(width, LOWRES))
+        pooled = torch.nn.functional.adaptive_avg_pool2d(from_uint8(images), size)
+        raw = pooled.flatten(1).double().numpy()
+    else:
+        pixels = from_uint8(images).flatten(1).double().numpy()
+        pca = PCA(min(DIRECTIONS, *pixels.shape), random_state=0)
+        coordinates = pca.fit_transform(pixels)
+        held = np.cumsum(pca.explained_variance_ratio_)
+        raw = coordinates[:, : int(np.searchsorted(held, VARIANCE)) + 1]
+    return _normalised(raw - raw.mean(axis=0))
+
+
+def _normalised(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def cluster(
+    descriptors: np.ndarray, n_clusters: int = 100, *, seed: int, min_cohesion: float = 0.5
+) -> Clusters:
+    """k-means on L2-normalised descriptors [N, D]; loose clusters are dropped, images relabelled.
+
+    The cohesion of a cluster is the mean cosine of its images to its centroid. Clusters below
+    `min_cohesion` are dropped, and every image takes the label of the nearest kept centroid (by
+    cosine). Raises `MembenchError` when there are too few images or no cluster is kept.
+    """
+    count = len(descriptors)
+    if count < IMAGES_PER_CLUSTER * n_clusters:
+        raise MembenchError(
+            f"clusters: {count} images are too few for {n_clusters} clusters; "
+            f"take at least {IMAGES_PER_CLUSTER * n_clusters}"
+        )
+    descriptors = np.asarray(descriptors, dtype=np.float64)
+    found = KMeans(n_clusters, n_init=4, random_state=seed % 2**32).fit(descriptors)
+    centroids = _normalised(found.cluster_centers_)
+    first = found.labels_
+    sizes = np.bincount(first, minlength=n_clusters)
+    cosine = (descriptors * centroids[first]).sum(axis=1)
+    cohesion = np.bincount(first, weights=cosine, minlength=n_clusters) / np.maximum(sizes, 1)
+    kept = np.flatnonzero((cohesion >= min_cohesion) & (sizes > 0))
+    if not len(kept):
+        raise MembenchError(
+            f"clusters: none of {n_clusters} has a cohesion of {min_cohesion} "
+            f"(the best has {cohesion.max():.2f}); choose another descriptor or fewer clusters"
+        )
+    labels = (descriptors @ centroids[kept].T).argmax(axis=1)
+    quantiles = {f"{q:g}": float(np.quantile(cohesion, q)) for q in QUANTILES}
+    return Clusters(
+        labels,
+        len(kept),
+        {
+            "n_clusters": n_clusters,
+            "kept": len(kept),
+            "min_cohesion": min_cohesion,
+            "dimensions": descriptors.shape[1],
+            "mean_cohesion": float(cosine.mean()),
+            "cohesion_quantiles": quantiles,
+            "images_in_dropped": int((~np.isin(first, kept)).sum()),
+            "sizes": np.bincount(labels, minlength=len(kept)).tolist(),
+        },
+    )
+
+
+def cluster_images(
+    images: np.ndarray,
+    descriptor: str,
+    n_clusters: int = 100,
+    *,
+    seed: int,
+    min_cohesion: float = 0.5,
+    features: np.ndarray | None = None,
+) -> Clusters:
+    """`describe`, then `cluster`; the report names the descriptor."""
+    found = cluster(
+        describe(images, descriptor, features), n_clusters, seed=seed, min_cohesion=min_cohesion
+    )
+    return Clusters(found.labels, found.n_clusters, {"descriptor": descriptor} | found.report)

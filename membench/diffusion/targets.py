@@ -1,0 +1,293 @@
+"""Target models behind one contract: a trained U-Net, or a denoiser known in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from membench.data.imageset import Dataset
+from membench.diffusion.sampler import EpsModel, from_uint8
+from membench.diffusion.unet import build_unet, schedule_abar
+from membench.errors import MembenchError
+from membench.hashing import array_hash, derive_seed, file_hash
+from membench.specs import Images, TargetRecipe
+
+ORACLE = "oracle"
+Shape = tuple[int, int, int]
+
+
+class Target(Protocol):
+    """A diffusion model under attack.
+
+    name: what users call it; shape: (C, H, W); abar: [T] cumulative product of 1 - beta; device:
+    where `eps_model` wants its x_t; identity: everything that pins the model, JSON-able.
+    """
+
+    name: str
+    shape: Shape
+    abar: list[float]
+    device: torch.device
+    identity: dict[str, Any]
+
+    def eps_model(self, seed: int, indices: Sequence[int]) -> EpsModel:
+        """(x_t [B, C, H, W], t) -> eps [B, C, H, W], for the images `indices` of run `seed`."""
+        ...
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file; `MembenchError` where it is missing or damaged."""
+    if not path.is_file():
+        raise MembenchError(f"{path}: no such weights file")
+    try:
+        with safe_open(path, framework="pt") as stream:
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            return tensors, stream.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise MembenchError(f"{path}: truncated or not a safetensors file ({error})") from None
+
+
+def load_strictly(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Give `network` (it may be on the meta device) exactly `tensors`, in its own dtypes.
+
+    Raises `MembenchError` naming `path` and the first tensor that is missing, unexpected or of
+    another shape.
+    """
+    expected = network.state_dict()
+    for complaint, names in (
+        ("is missing", expected.keys() - tensors.keys()),
+        ("is unexpected", tensors.keys() - expected.keys()),
+    ):
+        if names:
+            raise MembenchError(f"{path}: tensor {min(names)} {complaint} (of {len(names)})")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise MembenchError(
+                f"{path}: tensor {name} has shape {tuple(tensor.shape)}, "
+                f"expected {tuple(expected[name].shape)}"
+            )
+    cast = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
+    network.load_state_dict(cast, strict=True, assign=True)
+
+
+class UNetTarget:
+    """A U-Net that predicts eps, such as diffusers' `UNet2DModel`; frozen on construction."""
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        shape: Shape,
+        abar: list[float],
+        identity: dict[str, Any],
+        device: torch.device | str = "cpu",
+    ):
+        self.name, self.shape, self.abar, self.identity = name, shape, abar, identity
+        self.device = torch.device(device)
+        # Without gradients a CPU is a fifth faster on contiguous tensors (its group norm is slow on
+        # channels_last); a GPU's tensor cores want channels_last.
+        on_cpu = self.device.type == "cpu"
+        self.layout = torch.contiguous_format if on_cpu else torch.channels_last
+        network.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        self.network = network.eval().requires_grad_(False)
+
+    def eps_model(self, seed: int, indices: Sequence[int]) -> EpsModel:
+        """The same for every image."""
+        return self.predict_eps
+
+    @torch.no_grad()
+    def predict_eps(self, x_t: Tensor, t: int) -> Tensor:
+        """eps [B, C, H, W] of x_t [B, C, H, W] at timestep t."""
+        return self.network(x_t.contiguous(memory_format=self.layout), t, return_dict=False)[0]
+
+
+def load_unet_target(
+    recipe: TargetRecipe,
+    images: Images,
+    weights: Path,
+    device: torch.device | str = "cpu",
+    name: str = "unet",
+) -> UNetTarget:
+    """Read trained weights (safetensors) into the recipe's U-Net.
+
+    Raises `MembenchError` naming the file when it is missing, truncated, does not fit the recipe,
+    or differs from the recipe's `weights_sha256`.
+    """
+    tensors, _ = read_safetensors(weights)
+    digest = file_hash(weights)
+    if recipe.weights_sha256 not in (None, digest):
+        raise MembenchError(
+            f"{weights}: SHA-256 {digest[:12]}..., the recipe's is {recipe.weights_sha256[:12]}..."
+        )
+    with torch.device("meta"):
+        network = build_unet(recipe, images)
+    load_strictly(network, tensors, weights)
+    identity = {
+        "kind": "unet",
+        "weights_sha256": digest,
+        "unet": recipe.unet.identity(),
+        "shape": list(images.shape),
+        "prediction_type": "epsilon",
+        "beta_schedule": recipe.beta_schedule,
+        "train_timesteps": recipe.train_timesteps,
+    }
+    return UNetTarget(name, network, images.shape, schedule_abar(recipe), identity, device)
+
+
+class ClosedFormTarget:
+    """The optimal denoiser of p = (1/N) sum_i Normal(x_i, s^2 I) (spec section 6).
+
+    images: uint8 [N, H, W, C], may be memory-mapped; kernel: the width s in units of [-1, 1],
+    0 for the finite set itself. References go by in blocks of `block`, so that memory is bounded
+    by block * C * H * W float64 numbers; all of it is computed in float64.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        abar: list[float],
+        *,
+        name: str = "closed_form",
+        kernel: float = 0.0,
+        block: int = 1024,
+        device: torch.device | str = "cpu",
+        images_sha256: str | None = None,
+    ):
+        if not len(images):
+            raise MembenchError(f"{name}: a closed-form target needs at least one image")
+        self.name, self.abar, self.kernel, self.block = name, abar, kernel, block
+        _, height, width, channels = images.shape
+        self.shape: Shape = (channels, height, width)
+        self.device = torch.device(device)
+        self.images = images
+        self.identity: dict[str, Any] = {
+            "kind": "closed_form",
+            "images_sha256": images_sha256 or array_hash(images),
+            "kernel": kernel,
+            "abar_sha256": array_hash(np.array(abar)),
+        }
+
+    def eps_model(self, seed: int, indices: Sequence[int]) -> EpsModel:
+        """The same for every image."""
+        return self.predict_eps
+
+    @torch.no_grad()
+    def predict_eps(self, x_t: Tensor, t: int) -> Tensor:
+        """eps = (x_t - sqrt(abar_t) E[x_0 | x_t]) / sqrt(1 - abar_t), [B, C, H, W]."""
+        abar_t = self.abar[t]
+        x = x_t.double()
+        eps = (x - abar_t**0.5 * self.denoise(x, t)) / (1 - abar_t) ** 0.5
+        return eps.to(x_t.dtype)
+
+    @torch.no_grad()
+    def denoise(self, x_t: Tensor, t: int) -> Tensor:
+        """E[x_0 | x_t], float64 [B, C, H, W]: spec section 6, with a running log-sum-exp."""
+        abar_t, s2 = self.abar[t], self.kernel**2
+        v_t = abar_t * s2 + 1 - abar_t
+        x = x_t.double().flatten(1)
+        top = x.new_full((len(x), 1), -torch.inf)
+        total, mean = torch.zeros_like(top), torch.zeros_like(x)
+        for start in range(0, len(self.images), self.block):
+            x_i = from_uint8(self.images[start : start + self.block]).to(self.device)
+            x_i = x_i.double().flatten(1)
+            # -||x_t - sqrt(abar_t) x_i||^2 / (2 v_t) without the term that all i share
+            logits = (abar_t**0.5 * x @ x_i.T - abar_t * x_i.square().sum(1) / 2) / v_t
+            new_top = torch.maximum(top, logits.amax(1, keepdim=True))
+            weights, rescale = (logits - new_top).exp(), (top - new_top).exp()
+            total = total * rescale + weights.sum(1, keepdim=True)
+            mean = mean * rescale + weights @ x_i
+            top = new_top
+        shrink = abar_t**0.5 * s2 / v_t
+        x_0 = (1 - abar_t**0.5 * shrink) * mean / total + shrink * x
+        return x_0.view(x_t.shape)
+
+
+class OracleTarget:
+    """A target of known extraction rate: image by image a copy of a member, or of a stranger.
+
+    Image i of run `seed` follows the closed form of `dataset.members` with probability `rate` and
+    that of `dataset.heldout_rest` otherwise, decided by `derive_seed(seed, "oracle", i)`; the
+    held-out twin stays out of it, so that its column shows the false-match level. The noise
+    schedule is that of the card's default target.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        rate: float,
+        *,
+        kernel: float = 0.0,
+        device: torch.device | str = "cpu",
+    ):
+        card = dataset.card
+        recipe = card.targets[card.default_target]
+        self.name, self.rate = f"{ORACLE}:{rate:g}", rate
+        self.shape, self.abar = card.images.shape, schedule_abar(recipe)
+        self.device = torch.device(device)
+        if rate < 1 and not len(dataset.heldout_rest):
+            raise MembenchError(
+                f"{self.name}: {card.name} has no held-out images beyond the twin to copy instead"
+            )
+        self.sides = {
+            copies: ClosedFormTarget(
+                images.images,
+                self.abar,
+                name=self.name,
+                kernel=kernel,
+                device=device,
+                images_sha256=split.images_sha256,
+            )
+            for copies, images, split in (
+                (True, dataset.members, card.splits.members),
+                (False, dataset.heldout_rest, card.splits.heldout),
+            )
+            if len(images)
+        }
+        self.identity: dict[str, Any] = {
+            "kind": ORACLE,
+            "rate": rate,
+            "kernel": kernel,
+            "members_images_sha256": card.splits.members.images_sha256,
+            "heldout_images_sha256": card.splits.heldout.images_sha256,
+            "heldout_rows": [len(dataset.members), len(dataset.heldout)],
+            "prediction_type": "epsilon",
+            "beta_schedule": recipe.beta_schedule,
+            "train_timesteps": recipe.train_timesteps,
+        }
+
+    def copies_member(self, seed: int, index: int) -> bool:
+        """The ground truth: whether image `index` of run `seed` copies a member."""
+        return derive_seed(seed, "oracle", index) < self.rate * 2**63
+
+    def eps_model(self, seed: int, indices: Sequence[int]) -> EpsModel:
+        """Image by image the member's or the stranger's denoiser."""
+        copies = torch.tensor([self.copies_member(seed, i) for i in indices], device=self.device)
+        rows = {side: (copies == side).nonzero().flatten() for side in self.sides}
+
+        def predict_eps(x_t: Tensor, t: int) -> Tensor:
+            eps = torch.empty_like(x_t)
+            for side, target in self.sides.items():
+                if len(rows[side]):
+                    eps[rows[side]] = target.predict_eps(x_t[rows[side]], t)
+            return eps
+
+        return predict_eps
+
+
+def parse_oracle(name: str) -> float | None:
+    """The rate of `oracle:RATE`, or None for any other name; a bad rate is a `MembenchError`."""
+    kind, _, text = name.partition(":")
+    if kind != ORACLE:
+        return None
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = -1.0
+    if not 0 <= rate <= 1:
+        raise MembenchError(f"{name}: expected oracle:RATE with a rate from 0 to 1")
+    return rate

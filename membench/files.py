@@ -1,0 +1,112 @@
+"""Files that are whole or not there: atomic writes, locks, one clear line for a full disk."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from membench.errors import MembenchError
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an advisory lock on `path`; waits for whoever holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write into one clear line."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = "no space left on the disk; free some and run again, finished work is kept"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            reason = f"cannot be written ({error.strerror}); choose another folder with --results"
+        else:
+            raise
+        raise MembenchError(f"{error.filename or folder}: {reason}") from None
+
+
+def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, flush it to disk, then rename it into place."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        with open(partial, "rb") as stream:
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except BaseException as error:
+        full = shutil.disk_usage(path.parent).free < 1 << 20
+        partial.unlink(missing_ok=True)
+        if full and isinstance(error, Exception):  # torch and safetensors have errors of their own
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    replace_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file; `MembenchError` names it when it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MembenchError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise MembenchError(f"{path}: truncated or not JSON ({error})") from None
+    except IsADirectoryError:
+        raise MembenchError(f"{path}: is a folder, expected a JSON file") from None
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    def write(partial: Path) -> None:
+        with open(partial, "wb") as stream:  # np.save would add .npy to the name
+            np.save(stream, array, allow_pickle=False)
+
+    replace_atomically(path, write)
+
+
+def link_or_copy(source: Path, destination: Path) -> None:
+    """Give a finished file a second name; a copy where the file system has no hard links."""
+
+    def write(partial: Path) -> None:
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copyfile(source, partial)
+
+    replace_atomically(destination, write)
+
+
+def write_joined(path: Path, parts: Iterable[Path], count: int) -> None:
+    """Concatenate .npy files along the first axis into one of `count` rows, a part in memory."""
+
+    def write(partial: Path) -> None:
+        with open(partial, "wb") as stream:
+            for i, part in enumerate(parts):
+                array = np.load(part, allow_pickle=False)
+                if i == 0:
+                    header = np.lib.format.header_data_from_array_1_0(array)
+                    shape = (count, *array.shape[1:])
+                    np.lib.format.write_array_header_1_0(stream, header | {"shape": shape})
+                stream.write(np.ascontiguousarray(array).tobytes())
+
+    replace_atomically(path, write)

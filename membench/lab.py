@@ -1,0 +1,517 @@
+"""The lab: everything an extraction method may ask for, as artifacts shared by all methods.
+
+Nothing here computes when it is called. Each function describes one artifact by what goes into it;
+`Store.get` makes it when it is needed. So a method is a short graph, `--dry-run` can print it, and
+two methods that ask for the same thing share it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from membench.data.imageset import Dataset
+from membench.diffusion import tdkd
+from membench.diffusion.classifier import ResNet
+from membench.diffusion.clusters import cluster_images
+from membench.diffusion.guidance import GuidanceLog, classifier_guidance
+from membench.diffusion.sampler import Guidance, ImageNoise, ddim, ddim_times, to_uint8
+from membench.diffusion.targets import Target
+from membench.errors import MembenchError
+from membench.files import read_json, write_array, write_joined, write_json
+from membench.hashing import content_hash, derive_seed
+from membench.similarity.matches import Matches, match
+from membench.specs import Sampling
+from membench.store import PARTS, Artifact, Store, Work
+
+SAMPLER_VERSION = 1
+IMAGES, LABELS, REPORT = "images.npy", "labels.npy", "report.json"
+CLASSIFIER, CHECKPOINT = "classifier.safetensors", "checkpoint.pt"
+Advance = Callable[[int], None]
+
+
+class Progress(Protocol):
+    """Shows one stage at a time: `with progress(title, total, unit) as advance: advance(n)`."""
+
+    def __call__(self, title: str, total: int, unit: str) -> AbstractContextManager[Advance]: ...
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels of a set of images: hard int64 [N], or probabilities float32 [N, K]."""
+
+    values: np.ndarray
+    n_labels: int
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained classifier in evaluation mode and what was learnt while training it."""
+
+    network: ResNet
+    n_labels: int
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A surrogate condition: the classifier whose gradient guides the target (spec section 2).
+
+    timed: whether the classifier takes t; at: where a time-independent one is evaluated.
+    """
+
+    title: str
+    classifier: Artifact[Classifier]
+    timed: bool
+    at: Literal["x_t", "x_0"] = "x_t"
+
+    def identity(self) -> dict[str, Any]:
+        return {"classifier": self.classifier.key, "timed": self.timed, "at": self.at}
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a target returned. images: uint8 [N_G, H, W, C], memory-mapped; labels: int64 [N_G],
+    the target label of each image (-1 without guidance); report: guidance norms by timestep."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """One target on one data set, and all that can be derived from them.
+
+    seed: of the attack's own parts (synthetic set, classifiers, clusters), shared by all run seeds.
+    """
+
+    dataset: Dataset
+    target: Target
+    store: Store
+    progress: Progress
+    device: str = "cpu"
+    seed: int = 0
+
+    # -- images ---------------------------------------------------------------------------------
+
+    def images(
+        self,
+        surrogate: Surrogate | None,
+        guidance_scale: float,
+        *,
+        count: int,
+        seed: int,
+        sampling: Sampling,
+        label: int | None = None,
+        title: str = "",
+    ) -> Artifact[Generated]:
+        """`count` images from the target, guided by `surrogate` at `guidance_scale`.
+
+        Without a surrogate, or at scale 0, this is plain sampling, and both are one artifact.
+        Image i depends on (seed, i) and on the fixed batch grid, on nothing else.
+        """
+        if guidance_scale == 0:
+            surrogate = None
+        identity = {
+            "target": self.target.identity,
+            "sampler": {"name": "ddim", "version": SAMPLER_VERSION} | sampling.identity(),
+            "count": count,
+            "seed": seed,
+            "compute": self._compute(),
+        }
+        if surrogate is not None:
+            identity["guidance"] = surrogate.identity() | {
+                "scale": guidance_scale,
+                "label": "uniform" if label is None else label,
+            }
+        title = title or (f"images at scale {guidance_scale:g}" if surrogate else "plain images")
+        calls = count * sampling.steps
+
+        def make(folder: Path, work: Work) -> None:
+            condition = None if surrogate is None else self.store.get(surrogate.classifier)
+            labels = _draw_labels(seed, count, condition, label)
+            size, total = sampling.batch_size, GuidanceLog()
+            with self.progress(title, count, "images") as advance:
+                for start in range(0, count, size):
+                    rows = range(start, min(start + size, count))
+                    part = folder / PARTS / f"batch-{start // size:06d}.npy"
+                    log = part.with_suffix(".json")
+                    if not log.is_file():
+                        began = time.monotonic()
+                        pixels, norms = self.sample(
+                            rows,
+                            labels[rows.start : rows.stop],
+                            surrogate,
+                            condition,
+                            guidance_scale,
+                            seed,
+                            sampling,
+                        )
+                        write_array(part, pixels)
+                        seconds = time.monotonic() - began
+                        write_json(log, {"seconds": seconds, "norms": norms.to_dict()})
+                    done = read_json(log)
+                    total.merge(GuidanceLog.from_dict(done["norms"]))
+                    work.seconds += done["seconds"]
+                    advance(len(rows))
+            work.unet_calls, work.classifier_calls = calls, calls if surrogate else 0
+            write_joined(folder / IMAGES, sorted((folder / PARTS).glob("batch-*.npy")), count)
+            write_array(folder / LABELS, labels)
+            write_json(folder / REPORT, {t: entry["mean"] for t, entry in total.to_dict().items()})
+
+        def load(folder: Path) -> Generated:
+            images = np.load(folder / IMAGES, mmap_mode="r")
+            return Generated(images, np.load(folder / LABELS), read_json(folder / REPORT))
+
+        return Artifact(
+            "images",
+            title,
+            identity,
+            make,
+            load,
+            inputs=() if surrogate is None else (surrogate.classifier,),
+            planned=Work(calls, calls if surrogate else 0),
+        )
+
+    def sample(
+        self,
+        rows: range,
+        labels: np.ndarray,
+        surrogate: Surrogate | None,
+        condition: Classifier | None,
+        guidance_scale: float,
+        seed: int,
+        sampling: Sampling,
+    ) -> tuple[np.ndarray, GuidanceLog]:
+        """One batch of the grid: uint8 [B, H, W, C] and the guidance's norms."""
+        noise = ImageNoise(seed, rows, self.target.shape)
+        log, guidance = GuidanceLog(), None
+        if surrogate is not None and condition is not None:
+            guidance = self._guidance(surrogate, condition, labels, guidance_scale, log)
+        x_0 = ddim(
+            self.target.eps_model(seed, rows),
+            noise().to(self.device),
+            ddim_times(sampling.steps, len(self.target.abar)),
+            self.target.abar,
+            eta=sampling.eta,
+            clip=sampling.clip,
+            noise=lambda: noise().to(self.device),
+            guidance=guidance,
+        )
+        try:
+            return to_uint8(x_0), log
+        except FloatingPointError as error:
+            raise MembenchError(
+                f"target {self.target.name}, guidance scale {guidance_scale:g}: {error}; "
+                "take a smaller scale, or check the target's weights"
+            ) from None
+
+    def _guidance(
+        self,
+        surrogate: Surrogate,
+        condition: Classifier,
+        labels: np.ndarray,
+        scale: float,
+        log: GuidanceLog,
+    ) -> Guidance:
+        return classifier_guidance(
+            condition.network,
+            torch.from_numpy(labels).to(self.device),
+            scale,
+            self.target.abar,
+            at=surrogate.at,
+            timed=surrogate.timed,
+            log=log,
+        )
+
+    def synthetic(self) -> Artifact[Generated]:
+        """The synthetic set: plain samples of the target, from which surrogates learn."""
+        card = self.dataset.card
+        return self.images(
+            None,
+            0.0,
+            count=card.attack.synthetic_images,
+            seed=derive_seed(self.seed, "synthetic"),
+            sampling=card.extraction.sampling,
+            title="synthetic set",
+        )
+
+    # -- labels and classifiers -----------------------------------------------------------------
+
+    def label_classifier(self, split: Literal["members", "auxiliary"]) -> Artifact[Classifier]:
+        """A time-independent classifier trained on the true labels of one split."""
+        card = self.dataset.card
+        images = getattr(self.dataset, split)
+        identity = {
+            "images": getattr(card.splits, split).images_sha256,
+            "labels": getattr(card.splits, split).labels_sha256,
+            "network": card.attack.network.identity(),
+            "training": card.attack.label_classifier.identity(),
+            "seed": self.seed,
+            "compute": self._compute(),
+        }
+
+        def make(folder: Path, work: Work) -> None:
+            training = card.attack.label_classifier
+            with self.progress(f"classifier on {split}", training.steps, "steps") as advance:
+                classifier, report = tdkd.train_label_classifier(
+                    images.images,
+                    images.labels,
+                    len(card.images.classes),
+                    card.attack.network,
+                    training,
+                    derive_seed(self.seed, "label classifier"),
+                    checkpoint=folder / PARTS / CHECKPOINT,
+                    progress=steps_to(advance),
+                    device=self.device,
+                )
+            _save_classifier(folder, classifier, report)
+
+        return Artifact(
+            "classifier", f"classifier on {split}", identity, make, self._load_classifier
+        )
+
+    def pseudo_labels(
+        self, images: Artifact[Generated], classifier: Artifact[Classifier]
+    ) -> Artifact[Labels]:
+        """Probabilities that a classifier gives to each image (TDKD, step 3)."""
+
+        def make(folder: Path, work: Work) -> None:
+            network = self.store.get(classifier)
+            pixels = self.store.get(images).images
+            write_array(folder / LABELS, tdkd.pseudo_label(network.network, pixels))
+            work.classifier_calls += len(pixels)
+            write_json(folder / REPORT, {"n_labels": network.n_labels})
+
+        identity = {"labels": "probabilities", "compute": self._compute()}
+        return Artifact(
+            "labels", "pseudo-labels", identity, make, _load_labels, (images, classifier)
+        )
+
+    def clusters(
+        self,
+        images: Artifact[Generated],
+        *,
+        n_clusters: int,
+        min_cohesion: float,
+        descriptor: str | None = None,
+    ) -> Artifact[Labels]:
+        """k-means clusters of images, the loose ones dropped (SIDE-C); labels are hard.
+
+        descriptor: named in the card when it is not given here. Raises `MembenchError` when
+        `min_cohesion` leaves no cluster.
+        """
+        name = descriptor or self.dataset.card.attack.cluster_descriptor
+        identity = {
+            "labels": "clusters",
+            "descriptor": name,
+            "n_clusters": n_clusters,
+            "min_cohesion": min_cohesion,
+            "seed": self.seed,
+        }
+
+        def make(folder: Path, work: Work) -> None:
+            found = cluster_images(
+                np.asarray(self.store.get(images).images),
+                name,
+                n_clusters=n_clusters,
+                min_cohesion=min_cohesion,
+                seed=derive_seed(self.seed, "clusters"),
+            )
+            write_array(folder / LABELS, found.labels)
+            write_json(folder / REPORT, {"n_labels": found.n_clusters} | found.report)
+
+        return Artifact("labels", "clusters", identity, make, _load_labels, (images,))
+
+    def label_by(
+        self,
+        images: Artifact[Generated],
+        function: Callable[[np.ndarray], np.ndarray],
+        *,
+        version: int,
+        **settings: Any,
+    ) -> Artifact[Labels]:
+        """Labels by a function of your own: uint8 [N, H, W, C] -> int [N] or float [N, K].
+
+        Raise `version` when the function's results change; `settings` go to it as arguments.
+        """
+        identity = {
+            "labels": f"{function.__module__}.{function.__qualname__}",
+            "version": version,
+            "settings": settings,
+        }
+
+        def make(folder: Path, work: Work) -> None:
+            values = np.asarray(function(np.asarray(self.store.get(images).images), **settings))
+            hard = values.ndim == 1
+            n_labels = int(values.max()) + 1 if hard else values.shape[1]
+            write_array(folder / LABELS, values.astype(np.int64 if hard else np.float32))
+            write_json(folder / REPORT, {"n_labels": n_labels})
+
+        return Artifact("labels", function.__name__, identity, make, _load_labels, (images,))
+
+    def time_dependent(self, images: Artifact[Generated], labels: Artifact[Labels]) -> Surrogate:
+        """A time-dependent classifier trained on noised images (TDKD, step 4).
+
+        Probabilities are learnt with the soft loss, hard labels with the hard one.
+        """
+        card = self.dataset.card
+        training = card.attack.time_classifier
+        identity = {
+            "timed": True,
+            "network": card.attack.network.identity(),
+            "training": training.identity(),
+            "abar": content_hash(self.target.abar),
+            "seed": self.seed,
+            "compute": self._compute(),
+        }
+
+        def make(folder: Path, work: Work) -> None:
+            known = self.store.get(labels)
+            pixels = self.store.get(images).images
+            if known.n_labels < 2:
+                raise MembenchError(
+                    f"{labels.title}: {known.n_labels} label(s) for {len(pixels)} images; "
+                    "guidance needs at least two"
+                )
+            title = "time-dependent classifier"
+            with self.progress(title, training.steps, "steps") as advance:
+                classifier, report = tdkd.train_time_classifier(
+                    pixels,
+                    known.values,
+                    known.n_labels,
+                    self.target.abar,
+                    card.attack.network,
+                    training,
+                    derive_seed(self.seed, "time classifier"),
+                    checkpoint=folder / PARTS / CHECKPOINT,
+                    progress=steps_to(advance),
+                    device=self.device,
+                )
+            _save_classifier(folder, classifier, report | {"labels": known.report})
+
+        artifact = Artifact(
+            "classifier",
+            "time-dependent classifier",
+            identity,
+            make,
+            self._load_classifier,
+            (images, labels),
+        )
+        return Surrogate("time-dependent classifier", artifact, timed=True)
+
+    def time_independent(
+        self, classifier: Artifact[Classifier], at: Literal["x_t", "x_0"] = "x_t"
+    ) -> Surrogate:
+        """A clean-image classifier used at every t: at x_t, or at the predicted x_0 (OL-TI)."""
+        return Surrogate(f"time-independent classifier at {at}", classifier, timed=False, at=at)
+
+    # -- matches --------------------------------------------------------------------------------
+
+    def matches(self, images: Artifact[Generated], *, title: str) -> Artifact[Matches]:
+        """Nearest members and nearest held-out twins of generated images."""
+
+        def queries() -> np.ndarray:
+            return self.store.get(images).images
+
+        return self._matches(queries, title, {"queries": "generated"}, (images,))
+
+    def null_matches(self) -> Artifact[Matches]:
+        """Nearest members of every real held-out image: the null that calibrates the bands."""
+        card = self.dataset.card
+        heldout = {"queries": "heldout", "images": card.splits.heldout.images_sha256}
+        return self._matches(lambda: self.dataset.heldout.images, "calibration", heldout, ())
+
+    def _matches(
+        self,
+        queries: Callable[[], np.ndarray],
+        title: str,
+        identity: dict[str, Any],
+        inputs: tuple[Artifact[Any], ...],
+    ) -> Artifact[Matches]:
+        card = self.dataset.card
+        neighbours = card.similarity.neighbours
+        identity = identity | {
+            "similarity": card.similarity.name,
+            "neighbours": neighbours,
+            "members": card.splits.members.images_sha256,
+            "heldout": card.splits.heldout.images_sha256,
+            "heldout_rows": len(self.dataset.heldout_twin),
+        }
+
+        def make(folder: Path, work: Work) -> None:
+            images = queries()
+            with self.progress(title, 2 * len(images), "searches") as advance:
+                found = match(
+                    images,
+                    self.dataset.members.images,
+                    self.dataset.heldout_twin.images,
+                    k=neighbours,
+                    progress=advance,
+                )
+            found.save(folder / "matches.npz")
+
+        return Artifact(
+            "matches",
+            title,
+            identity,
+            make,
+            lambda folder: Matches.load(folder / "matches.npz"),
+            inputs,
+        )
+
+    # -- help -----------------------------------------------------------------------------------
+
+    def _compute(self) -> dict[str, str]:
+        """Where the arithmetic happens: kinds of device round differently."""
+        return {"device": torch.device(self.device).type, "dtype": "float32"}
+
+    def _load_classifier(self, folder: Path) -> Classifier:
+        network, _ = tdkd.load_classifier(folder / CLASSIFIER, self.device)
+        report = read_json(folder / REPORT)
+        return Classifier(network, network.n_classes, report)
+
+
+def steps_to(advance: Advance) -> Callable[[int, float], None]:
+    """A trainer's report (step, loss) as increments of a progress bar."""
+    last = 0
+
+    def report(step: int, loss: float) -> None:
+        nonlocal last
+        advance(step - last)
+        last = step
+
+    return report
+
+
+def _draw_labels(
+    seed: int, count: int, condition: Classifier | None, label: int | None
+) -> np.ndarray:
+    """The target label of each image: fixed, or uniform from the image's own seed; -1 for none."""
+    if condition is None:
+        return np.full(count, -1, np.int64)
+    if label is not None:
+        if not 0 <= label < condition.n_labels:
+            raise MembenchError(f"--label {label}: expected 0 to {condition.n_labels - 1}")
+        return np.full(count, label, np.int64)
+    draws: Sequence[int] = [derive_seed(seed, "label", i) for i in range(count)]
+    return np.array([draw % condition.n_labels for draw in draws], np.int64)
+
+
+def _save_classifier(folder: Path, classifier: ResNet, report: dict[str, Any]) -> None:
+    tdkd.save_classifier(folder / CLASSIFIER, classifier, {})
+    write_json(folder / REPORT, report)
+
+
+def _load_labels(folder: Path) -> Labels:
+    report = read_json(folder / REPORT)
+    return Labels(np.load(folder / LABELS), report.pop("n_labels"), report)

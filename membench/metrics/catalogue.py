@@ -1,0 +1,66 @@
+"""Name, version, formula and source of every metric.
+
+A score that changes needs a higher version: `tests/reference_scores.json` holds it to that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric's name, version (raised whenever a score changes), formula and source."""
+
+    name: str
+    version: int
+    formula: str
+    source: str
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "nl2",
+            1,
+            "d_j / (0.5 mean(d_1 .. d_50)): normalised L2, lower is nearer",
+            "Carlini et al. 2023; AMG eq. 8",
+        ),
+        Metric("ams", 1, "mean_i [best nL2 of image i lies in the band]", "SIDE"),
+        Metric(
+            "ums",
+            1,
+            "|union_i {j: nL2 of (i, j) lies in the band}| / N_G",
+            "SIDE; interval by jackknife (Efron and Stein 1981)",
+        ),
+        Metric("l2_ratio", 1, "mean_i [d_1 / d_2 < 1/3]", "Yoon et al. 2023; Gu et al. 2023"),
+        Metric("top_percent", 1, "mean of the lowest x % of best nL2", "SIDE, top-x % table"),
+        Metric(
+            "percentile_95",
+            1,
+            "5 % quantile of best nL2 (the 95th percentile of similarity)",
+            "Somepalli et al. 2023; SIDE",
+        ),
+        Metric("curve", 1, "AMS and UMS for nL2 <= t, t = 0, 0.01 .. 1.99", "membench"),
+        Metric(
+            "excess",
+            1,
+            "metric over members - metric over as many held-out images",
+            "membench; interval by Bonett and Price 2012",
+        ),
+        Metric(
+            "calibration",
+            1,
+            "nL2 thresholds that 5, 1, 0.2 % of real held-out images pass against the members",
+            "membench; order-statistic intervals",
+        ),
+        Metric(
+            "rarefied_ums",
+            1,
+            "sum_j [1 - C(N_G - k_j, n) / C(N_G, n)] / n: UMS expected at n < N_G images",
+            "Hurlbert 1971",
+        ),
+    )
+}
+METRIC_VERSIONS = {name: metric.version for name, metric in METRICS.items()}

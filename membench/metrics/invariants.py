@@ -1,0 +1,74 @@
+"""What scores must obey whatever the run: checked whenever they are written or read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from membench.errors import MembenchError
+from membench.metrics.image import LEVELS
+
+SIDES = ("members", "heldout")
+
+
+def check_invariants(scores: dict[str, Any]) -> None:
+    """Raises MembenchError, naming the field, if scores contradict themselves.
+
+    No NaN; 0 <= AMS <= 1; unique <= min(N, pairs); every value in its interval; excess = members -
+    held-out; cumulative and calibrated bands nested; curves monotone.
+    """
+    for path, value in _numbers(scores, "scores"):
+        if not math.isfinite(value):
+            raise MembenchError(f"{path} is {value}")
+    for mode, bands in scores["bands"].items():
+        for level, band in bands.items():
+            _check_band(band, scores, f"bands.{mode}.{level}")
+        if mode in ("cumulative", "calibrated"):
+            for wider, narrower in pairwise(LEVELS):
+                for name in SIDES:
+                    for key in ("ams", "ums", "pairs"):
+                        outer, inner = bands[wider][name][key], bands[narrower][name][key]
+                        if outer is not None and inner is not None and inner > outer:
+                            raise MembenchError(
+                                f"bands.{mode}: {key} of {name} is higher in {narrower} "
+                                f"({inner}) than in {wider} ({outer})"
+                            )
+    for name in SIDES:
+        for key, curve in scores["curve"][name].items():
+            if curve != sorted(curve) or (key == "ams" and not 0 <= curve[0] <= curve[-1] <= 1):
+                raise MembenchError(f"curve.{name}.{key} is not monotone or not a rate")
+
+
+def _check_band(band: dict[str, Any], scores: dict[str, Any], path: str) -> None:
+    for name in SIDES:
+        side = band[name]
+        ams, unique = side["ams"], side["unique"]
+        if ams is not None and not 0 <= ams <= 1:
+            raise MembenchError(f"{path}.{name}.ams is {ams}, not a rate")
+        if unique is not None and not 0 <= unique <= min(scores[f"n_{name}"], side["pairs"]):
+            raise MembenchError(f"{path}.{name}.unique is {unique}: more than references or pairs")
+        if unique is not None and not math.isclose(unique, side["ums"] * scores["n_images"]):
+            raise MembenchError(f"{path}.{name}.ums is not unique / n_images")
+    for part in (*SIDES, "excess"):
+        for key in ("ams", "ums"):
+            value, interval = band[part][key], band[part][f"{key}_interval"]
+            if value is None:
+                continue
+            if not interval[0] - 1e-12 <= value <= interval[1] + 1e-12:
+                raise MembenchError(f"{path}.{part}.{key} = {value} is outside {interval}")
+            excess = band["members"][key] - band["heldout"][key]
+            if part == "excess" and not math.isclose(value, excess, abs_tol=1e-12):
+                raise MembenchError(f"{path}.excess.{key} is not members - heldout")
+
+
+def _numbers(value: Any, path: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(item, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _numbers(item, f"{path}[{i}]")
+    elif isinstance(value, int | float):
+        yield path, value

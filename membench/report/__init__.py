@@ -1,0 +1,1 @@
+"""From records to text and pictures: pure functions that import neither torch nor diffusers."""

@@ -1,0 +1,358 @@
+"""The main road: cards -> target -> attack -> images -> matches -> scores -> record."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from membench import __version__
+from membench.data.imageset import Dataset, load_dataset
+from membench.diffusion.sampler import ddim_times
+from membench.diffusion.targets import OracleTarget, Target, load_unet_target, parse_oracle
+from membench.diffusion.train import WEIGHTS
+from membench.errors import MembenchError
+from membench.files import link_or_copy, locked, write_json, writing
+from membench.hashing import canonical_json, content_hash, file_hash
+from membench.lab import IMAGES, Generated, Lab, Progress, Surrogate
+from membench.metrics.scores import METRIC_VERSIONS
+from membench.plugins import Method
+from membench.registry import Registry, unknown
+from membench.report.contact_sheet import contact_sheet
+from membench.scoring import NULL, RECORD, SCHEMA, SHEET, calibrate_from, score_all
+from membench.similarity.matches import Matches
+from membench.specs import DataCard, RunSpec, Sampling, explain
+from membench.store import Artifact, Stage, Store
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run whose names are resolved and whose artifacts are described, but not computed."""
+
+    spec: RunSpec
+    method: Method
+    lab: Lab
+    surrogate: Surrogate | None
+    images: dict[float, Artifact[Generated]]
+    matches: dict[float, Artifact[Matches]]
+    null: Artifact[Matches]
+
+    @property
+    def card(self) -> DataCard:
+        return self.lab.dataset.card
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that could change a number of the record."""
+        spec = self.spec.identity()
+        return {
+            "schema": SCHEMA,
+            "dataset": {
+                "name": self.card.name,
+                "revision": self.card.revision,
+                "splits": self.card.splits.identity(),
+            },
+            "target": {"name": self.spec.target} | self.lab.target.identity,
+            "method": {
+                "name": self.method.name,
+                "version": self.method.version,
+                "parameters": spec["parameters"],
+            },
+            "mitigation": spec["mitigation"],
+            "seed": spec["seed"],
+            "attack_seed": spec["attack_seed"],
+            "guidance_scales": list(self.images),
+            "images_per_scale": spec["images_per_scale"],
+            "label": spec["label"],
+            "sampling": spec["sampling"],
+            "shape": list(self.card.images.shape),
+            "similarity": self.card.similarity.identity(),
+            "metrics": dict(METRIC_VERSIONS),
+            "artifacts": {f"{scale:g}": images.key for scale, images in self.images.items()},
+        }
+
+    @property
+    def id(self) -> str:
+        return content_hash(self.identity)
+
+    @property
+    def folder(self) -> Path:
+        """Where the record goes: named for people, told apart by the record's id."""
+        target = self.spec.target.replace(":", "-").replace("/", "-")
+        name = f"{self.method.name}-seed{self.spec.seed}-{self.id[:12]}"
+        return self.lab.store.root / "runs" / self.card.name / target / name
+
+    def plan(self) -> list[Stage]:
+        return self.lab.store.plan([self.null, *self.matches.values()])
+
+
+def resolve_device(name: str) -> str:
+    """`auto` is the GPU if there is one; a device that is not there is an error."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=torch.device(name))
+    except Exception:
+        count = torch.cuda.device_count()
+        have = "cpu" + "".join(f", cuda:{i}" for i in range(count))
+        raise MembenchError(f"--device {name}: not there; this machine has: {have}") from None
+    return name
+
+
+def resolve_target(
+    name: str, card: DataCard, dataset: Dataset, registry: Registry, results: Path, device: str
+) -> Target:
+    """A target by name: `oracle:RATE`, one of the card's, or a folder that `train` wrote.
+
+    Weights of a card's target are the shipped ones if the card names them, else those that
+    `membench train` left in the results folder.
+    """
+    rate = parse_oracle(name)
+    if rate is not None:
+        return OracleTarget(dataset, rate, device=device)
+    if name not in card.targets:
+        raise unknown(f"target of {card.name}", name, [*card.targets, "oracle:RATE"])
+    recipe = card.targets[name]
+    if recipe.weights is not None:
+        weights = registry.data_folder(card.name) / recipe.weights
+    else:
+        weights = results / "targets" / card.name / name / WEIGHTS
+        if not weights.is_file():
+            raise MembenchError(
+                f"target {name!r} of {card.name} has no weights yet ({weights} is missing); "
+                f"train it: membench train {card.name} --target {name}"
+            )
+    return load_unet_target(recipe, card.images, weights, device=device, name=name)
+
+
+def prepare(
+    registry: Registry,
+    results: Path,
+    progress: Progress,
+    *,
+    method: str,
+    dataset: str,
+    target: str | None = None,
+    settings: Mapping[str, str] | None = None,
+    guidance_scales: tuple[float, ...] | None = None,
+    images: int | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    label: int | None = None,
+    seed: int = 0,
+    attack_seed: int = 0,
+    device: str = "auto",
+) -> Cell:
+    """Resolve names and defaults into a cell; nothing is computed or written yet."""
+    plugin = registry.method(method)
+    card = registry.card(dataset)
+    data = load_dataset(card, registry.data_folder(dataset))
+    defaults = card.extraction
+    try:
+        sampling = Sampling.model_validate(
+            defaults.sampling.model_dump()
+            | {k: v for k, v in {"steps": steps, "batch_size": batch_size}.items() if v is not None}
+        )
+        spec = RunSpec(
+            method=method,
+            parameters=plugin.settings(dict(settings or {})),
+            dataset=dataset,
+            target=target or card.default_target,
+            seed=seed,
+            attack_seed=attack_seed,
+            guidance_scales=guidance_scales or defaults.guidance_scales,
+            images_per_scale=images or defaults.images_per_scale,
+            label=label,
+            sampling=sampling,
+            device=resolve_device(device),
+        )
+    except ValidationError as error:
+        raise MembenchError(explain(error)) from None
+    model = resolve_target(spec.target, card, data, registry, results, spec.device)
+    try:
+        ddim_times(spec.sampling.steps, len(model.abar))
+    except ValueError as error:
+        raise MembenchError(f"--steps: {error}") from None
+
+    lab = Lab(data, model, Store(results), progress, spec.device, spec.attack_seed)
+    return build_cell(spec, plugin, lab)
+
+
+def build_cell(spec: RunSpec, plugin: Method, lab: Lab) -> Cell:
+    """Let the method put its artifacts together; nothing is computed."""
+    surrogate = plugin.prepare(lab, **spec.parameters)
+    if surrogate is not None and not isinstance(surrogate, Surrogate):
+        raise MembenchError(
+            f"{plugin.origin}: method {plugin.name!r} returned {type(surrogate).__name__}, "
+            "expected a Surrogate or None"
+        )
+    images = {
+        scale: lab.images(
+            surrogate,
+            scale,
+            count=spec.images_per_scale,
+            seed=spec.seed,
+            sampling=spec.sampling,
+            label=spec.label if surrogate else None,
+        )
+        for scale in ((0.0,) if surrogate is None else spec.guidance_scales)
+    }
+    matches = {s: lab.matches(found, title=f"matches at {s:g}") for s, found in images.items()}
+    return Cell(spec, plugin, lab, surrogate, images, matches, lab.null_matches())
+
+
+def run(cell: Cell) -> dict[str, Any]:
+    """Compute a cell, write its folder and return its record.
+
+    What is in the store already is taken from there; a killed run goes on where it was.
+    """
+    started = datetime.now(UTC)
+    store = cell.lab.store
+    generated = {scale: store.get(images) for scale, images in cell.images.items()}
+    matches = {scale: store.get(found) for scale, found in cell.matches.items()}
+    calibration = calibrate_from(
+        store.get(cell.null), cell.card.similarity, prod(cell.card.images.shape)
+    )
+    scores = score_all(matches, calibration, cell.card.similarity)
+    attack = _attack(cell, generated)
+
+    folder = cell.folder
+    with writing(folder), locked(folder.with_suffix(".lock")):
+        link_or_copy(store.folder(cell.null) / "matches.npz", folder / NULL)
+        for scale in cell.images:
+            images_folder = store.folder(cell.images[scale])
+            matches_folder = store.folder(cell.matches[scale])
+            link_or_copy(images_folder / IMAGES, folder / f"images-{scale:g}.npy")
+            link_or_copy(matches_folder / "matches.npz", folder / f"matches-{scale:g}.npz")
+        files = {
+            path.name: file_hash(path)
+            for path in sorted(folder.iterdir())
+            if path.suffix in (".npy", ".npz") and not path.name.startswith(".")
+        }
+        record: dict[str, Any] = {
+            "schema": SCHEMA,
+            "id": cell.id,
+            "limited": bool(limits := departures(cell)),
+            "limited_by": limits,
+            "identity": cell.identity,
+            "calibration": calibration.to_dict(),
+            "scores": scores,
+            "attack": attack,
+            "files": files,
+        }
+        record = json.loads(canonical_json(record))  # as it will be read: lists, no tuples
+        record["results_sha256"] = content_hash(record)
+        record["cost"] = _cost(list(store.stages.values()))
+        record["provenance"] = _provenance(cell, started)
+        contact_sheet(
+            folder / SHEET,
+            {scale: images.images for scale, images in generated.items()},
+            matches,
+            cell.lab.dataset.members.images,
+            title=title_of(record),
+        )
+        write_json(folder / RECORD, record)
+    return record
+
+
+def title_of(record: Mapping[str, Any]) -> str:
+    """`side_c on fashion_mini / ddpm, seed 0`."""
+    identity = record["identity"]
+    return (
+        f"{identity['method']['name']} on {identity['dataset']['name']} / "
+        f"{identity['target']['name']}, seed {identity['seed']}"
+    )
+
+
+def departures(cell: Cell) -> list[str]:
+    """Where a run departs from its card: such records are marked and never enter a board."""
+    card, spec = cell.card.extraction, cell.spec
+    found = []
+    if spec.images_per_scale != card.images_per_scale:
+        found.append(f"{spec.images_per_scale} images per scale, not {card.images_per_scale}")
+    if cell.surrogate is not None and spec.guidance_scales != card.guidance_scales:
+        found.append(f"guidance scales {spec.guidance_scales}, not {card.guidance_scales}")
+    if spec.sampling != card.sampling:
+        found.append("other sampler settings")
+    if spec.label is not None:
+        found.append(f"label {spec.label} for every image")
+    if spec.attack_seed != 0:
+        found.append(f"attack seed {spec.attack_seed}, not 0")
+    return found
+
+
+def _attack(cell: Cell, generated: Mapping[float, Generated]) -> dict[str, Any]:
+    """What is needed to tell a bad attack from a bad classifier."""
+    attack: dict[str, Any] = {
+        "surrogate": None if cell.surrogate is None else cell.surrogate.title,
+        "guidance_ratio": {f"{s:g}": images.report for s, images in generated.items()},
+    }
+    if cell.surrogate is not None:
+        attack["classifier"] = cell.lab.store.get(cell.surrogate.classifier).report
+    return attack
+
+
+def _cost(stages: list[Stage]) -> dict[str, Any]:
+    """Model calls and seconds of every stage when it was made; `cached`: made by an earlier run."""
+    lines = [{"stage": s.stage, "cached": s.cached} | vars(s.work) for s in stages]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "stages": lines,
+        "unet_calls": sum(s.work.unet_calls for s in stages),
+        "classifier_calls": sum(s.work.classifier_calls for s in stages),
+        "seconds": round(sum(s.work.seconds for s in stages), 3),
+        "peak_memory_bytes": peak * (1 if sys.platform == "darwin" else 1024),
+    }
+
+
+def _provenance(cell: Cell, started: datetime) -> dict[str, Any]:
+    return {
+        "membench": __version__,
+        "git": _git(),
+        "method_source_sha256": cell.method.source_sha256,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": f"{platform.system()} {platform.machine()}, {_processor()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": cell.spec.device,
+        "started": started.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "unknown processor")
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit and dirty flag of the checkout this code runs from; None for an installed package."""
+    here = Path(__file__).parent
+
+    def ask(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(ask("rev-parse", "--show-toplevel")) != here.parent:
+            return None
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

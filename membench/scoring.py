@@ -1,0 +1,39 @@
+"""From saved matches to scores: what `run` writes and `verify` repeats. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from membench.metrics.calibration import Calibration, calibrate
+from membench.metrics.scores import average, score
+from membench.similarity.matches import Matches
+from membench.specs import Similarity
+
+SCHEMA = 1
+"""Version of the record's layout."""
+RECORD, SHEET, NULL = "record.json", "contact_sheet.png", "matches-heldout.npz"
+
+
+def calibrate_from(null: Matches, similarity: Similarity, pixels: int) -> Calibration:
+    """Thresholds from the nearest members of real held-out images, near-duplicates left out.
+
+    pixels: numbers in one image, which turn the card's RMSE into a distance.
+    """
+    return calibrate(
+        null.members,
+        null.n_members,
+        rates=similarity.false_match_rates.model_dump(),
+        copy_distance=similarity.near_duplicate_rmse * pixels**0.5,
+    )
+
+
+def score_all(
+    matches: Mapping[float, Matches], calibration: Calibration, similarity: Similarity
+) -> dict[str, Any]:
+    """Scores at every scale and their average: a pure function of matches and calibration."""
+    options: dict[str, Any] = {"match": similarity.match, "modes": similarity.band_modes}
+    return {
+        "scales": {f"{s:g}": score(found, calibration, **options) for s, found in matches.items()},
+        "average": average(list(matches.values()), calibration, **options),
+    }

@@ -1,0 +1,285 @@
+"""Validated descriptions: data cards and everything in them. Unknown keys are refused."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from membench.errors import MembenchError
+
+SPLITS = ("members", "auxiliary", "heldout")
+
+
+class Spec(BaseModel):
+    """Base of every description: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def identity(self) -> dict[str, Any]:
+        """Everything in it, JSON-able: what goes into hashes."""
+        return self.model_dump(mode="json")
+
+
+class Split(Spec):
+    """One part of a data set, pinned by hashes of its arrays (`membench.hashing.array_hash`)."""
+
+    count: int = Field(gt=0)
+    images_sha256: str
+    labels_sha256: str
+    index_sha256: str
+
+
+class Splits(Spec):
+    """`members`: what targets train on; `auxiliary`: the attacker's; `heldout`: nobody's."""
+
+    members: Split
+    auxiliary: Split
+    heldout: Split
+
+
+class Images(Spec):
+    """Shape of one image and the names of its labels."""
+
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    channels: Literal[1, 3]
+    classes: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W), as the networks see it."""
+        return self.channels, self.height, self.width
+
+
+BandMode = Literal["calibrated", "cumulative", "literal", "shifted"]
+
+
+class FalseMatchRates(Spec):
+    """Shares of real held-out images that may pass the calibrated bands (spec section 4)."""
+
+    low: float = Field(default=0.05, gt=0, lt=1)
+    mid: float = Field(default=0.01, gt=0, lt=1)
+    high: float = Field(default=0.002, gt=0, lt=1)
+
+
+class Similarity(Spec):
+    """How a generated image is compared with the members.
+
+    band_modes: which readings of the three bands are scored, the headline first; the fixed ones
+    are the papers' nL2 of 1.5, 1.4 and 1.35. near_duplicate_rmse: held-out images closer than this
+    to a member (pixels in [0, 1]) are left out of the null that calibrates.
+    """
+
+    name: Literal["nl2"] = "nl2"
+    neighbours: int = Field(default=50, gt=1)
+    match: Literal["any", "best"] = "any"
+    band_modes: tuple[BandMode, ...] = ("calibrated", "cumulative")
+    false_match_rates: FalseMatchRates = FalseMatchRates()
+    near_duplicate_rmse: float = Field(default=0.02, ge=0)
+
+
+class Sampling(Spec):
+    """How images are drawn from a target (spec section 2; all of it is recorded)."""
+
+    steps: int = Field(default=50, gt=0)
+    eta: float = Field(default=0.0, ge=0.0, le=1.0)
+    clip: bool = True
+    batch_size: int = Field(default=64, gt=0)
+
+
+class Extraction(Spec):
+    """What one run of an extraction method returns."""
+
+    images_per_scale: int = Field(gt=0)
+    guidance_scales: tuple[float, ...]
+    sampling: Sampling = Sampling()
+
+
+class Network(Spec):
+    """A ResNet of basic blocks; (3, 4, 6, 3) blocks of width 64 is ResNet-34."""
+
+    blocks: tuple[int, ...] = (3, 4, 6, 3)
+    width: int = Field(default=64, gt=0)
+    stem: Literal["imagenet", "small"] = "imagenet"
+    time_module: Literal["film", "shift"] = "film"
+
+
+class ClassifierTraining(Spec):
+    """AdamW on shuffled batches, stopped at the best loss on held-back images."""
+
+    steps: int = Field(gt=0)
+    batch_size: int = Field(default=64, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    held_back: float = Field(default=0.125, gt=0, lt=1)
+    evaluate_every: int = Field(default=100, gt=0)
+
+
+class Attack(Spec):
+    """What the surrogate conditions of the SIDE family are made of (TDKD, spec section 2)."""
+
+    synthetic_images: int = Field(gt=0)
+    network: Network
+    label_classifier: ClassifierTraining
+    time_classifier: ClassifierTraining
+    cluster_descriptor: Literal["pixels_pca", "pixels_lowres"] = "pixels_pca"
+
+
+class Training(Spec):
+    """Recipe of a target: noise prediction with AdamW, linear decay after warm-up, and an EMA.
+
+    `stop_at` ends the run early and leaves the learning-rate schedule as it is, so that the same
+    recipe stopped earlier is a snapshot of the longer run, bit for bit.
+    """
+
+    steps: int = Field(gt=0)
+    stop_at: int | None = None
+    batch_size: int = Field(default=64, gt=0)
+    learning_rate: float = Field(gt=0)
+    final_learning_rate: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    ema: float = Field(default=0.999, ge=0, lt=1)
+    seed: int = 0
+    checkpoint_every: int = Field(default=250, gt=0)
+    evaluate_every: int = Field(default=2000, gt=0)
+    evaluate_images: int = Field(default=256, gt=0)
+
+    @property
+    def last_step(self) -> int:
+        return min(self.stop_at or self.steps, self.steps)
+
+
+class UNet(Spec):
+    """Configuration of diffusers' `UNet2DModel`; sizes and channels come from the card."""
+
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int = Field(default=2, gt=0)
+    down_block_types: tuple[str, ...]
+    up_block_types: tuple[str, ...]
+    norm_num_groups: int = Field(default=32, gt=0)
+    add_attention: bool = True
+    attention_head_dim: int | None = 8
+    dropout: float = 0.0
+
+
+class TargetRecipe(Spec):
+    """One target of a data set: its network, its training, and the shipped weights, if any."""
+
+    title: str
+    unet: UNet
+    training: Training
+    train_timesteps: int = Field(default=1000, gt=0)
+    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
+    weights: str | None = None
+    weights_sha256: str | None = None
+
+
+class DataCard(Spec):
+    """One data set of the benchmark: a TOML file in `datasets/`."""
+
+    name: str
+    revision: int = Field(gt=0)
+    title: str
+    license: str
+    citation: str
+    source: str
+    note: str = ""
+    default_target: str
+    show_images: bool = False
+    images: Images
+    splits: Splits
+    similarity: Similarity = Similarity()
+    extraction: Extraction
+    attack: Attack
+    targets: dict[str, TargetRecipe]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _extend_targets(cls, data: Any) -> Any:
+        """A target with `extends = "OTHER"` starts from OTHER and overrides what it names."""
+        targets = data.get("targets") if isinstance(data, dict) else None
+        if not isinstance(targets, dict):
+            return data
+        resolved = {}
+        for name, target in targets.items():
+            if isinstance(target, dict) and "extends" in target:
+                base = targets.get(target["extends"])
+                if base is None or "extends" in base:
+                    raise ValueError(
+                        f"targets.{name}.extends: no plain target named {target['extends']!r}"
+                    )
+                own = {key: value for key, value in target.items() if key != "extends"}
+                target = _merged({k: v for k, v in base.items() if "weights" not in k}, own)
+            resolved[name] = target
+        return {**data, "targets": resolved}
+
+    @model_validator(mode="after")
+    def _default_target_exists(self) -> DataCard:
+        if self.default_target not in self.targets:
+            raise ValueError(f"default_target: no target named {self.default_target!r}")
+        return self
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merged(base[key], value) if both else value
+    return merged
+
+
+def explain(error: ValidationError) -> str:
+    """Pydantic's first complaint as `field: what is wrong`."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "unknown key"
+    return f"{field}: {message}" if field else message
+
+
+def load_card(path: Path) -> DataCard:
+    """Read and validate a data card; a `MembenchError` names the file and the field."""
+    try:
+        with open(path, "rb") as stream:
+            card = DataCard.model_validate(tomllib.load(stream))
+    except FileNotFoundError:
+        raise MembenchError(f"{path}: no such data card") from None
+    except tomllib.TOMLDecodeError as error:
+        raise MembenchError(f"{path}: not valid TOML: {error}") from None
+    except ValidationError as error:
+        raise MembenchError(f"{path}: {explain(error)}") from None
+    if card.name != path.stem:
+        raise MembenchError(f"{path}: name: is {card.name!r}, expected the file's {path.stem!r}")
+    return card
+
+
+class RunSpec(Spec):
+    """One cell of the benchmark: method x mitigation x data set x target x seed, resolved."""
+
+    method: str
+    parameters: dict[str, bool | int | float | str | None] = {}
+    dataset: str
+    target: str
+    mitigation: None = None
+    seed: int = 0
+    attack_seed: int = 0
+    guidance_scales: tuple[float, ...]
+    images_per_scale: int = Field(gt=0)
+    label: int | None = None
+    sampling: Sampling
+    device: str = "cpu"
+
+    @model_validator(mode="after")
+    def _scales_make_sense(self) -> RunSpec:
+        if not self.guidance_scales or any(not 0 <= s < float("inf") for s in self.guidance_scales):
+            raise ValueError("guidance_scales: expected one or more finite numbers >= 0")
+        if len(set(self.guidance_scales)) < len(self.guidance_scales):
+            raise ValueError("guidance_scales: a scale is named twice")
+        return self

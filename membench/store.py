@@ -1,0 +1,149 @@
+"""Artifacts on disk: found by the hash of what went in, made once, written whole or not at all.
+
+An artifact lives in `ROOT/artifacts/KIND/KEY/` with a manifest that names its inputs and the
+SHA-256 of every file. While it is made its folder ends in `.partial`; whoever makes it holds an
+advisory lock, which the operating system drops when the process dies, and finds there what a
+killed process had finished. A rename makes it whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from membench.errors import MembenchError
+from membench.files import locked, read_json, write_json, writing
+from membench.hashing import content_hash, file_hash
+
+T = TypeVar("T")
+MANIFEST = "artifact.json"
+PARTS = "parts"
+"""Sub-folder for what a killed process leaves to the next; gone when the artifact is whole."""
+
+
+@dataclass
+class Work:
+    """What making something cost: model calls count images, so a batch of 64 is 64 calls."""
+
+    unet_calls: int = 0
+    classifier_calls: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Artifact(Generic[T]):
+    """Something computed once: a recipe, not yet a result.
+
+    identity: everything that could change the result, JSON-able; `inputs` enter it by their keys.
+    make: computes it into a folder, which may hold what a killed process left, and adds the model
+    calls it took to the `Work` it is given (and the seconds, if it knows better than the clock).
+    load: reads the value from the finished folder. planned: the calls it will take (`--dry-run`).
+    """
+
+    kind: str
+    title: str
+    identity: dict[str, Any]
+    make: Callable[[Path, Work], None]
+    load: Callable[[Path], T]
+    inputs: tuple[Artifact[Any], ...] = ()
+    planned: Work = field(default_factory=Work)
+
+    @property
+    def key(self) -> str:
+        inputs = [artifact.key for artifact in self.inputs]
+        return content_hash({"kind": self.kind, "identity": self.identity, "inputs": inputs})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One line of a plan or of a bill."""
+
+    stage: str
+    key: str
+    cached: bool
+    work: Work
+
+
+class Store:
+    """The folder of all results; `root` is made when something is first written."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.stages: dict[str, Stage] = {}
+
+    def folder(self, artifact: Artifact[Any]) -> Path:
+        return self.root / "artifacts" / artifact.kind / artifact.key[:32]
+
+    def has(self, artifact: Artifact[Any]) -> bool:
+        return (self.folder(artifact) / MANIFEST).is_file()
+
+    def get(self, artifact: Artifact[T]) -> T:
+        """The artifact's value: read if it is there, else computed, its inputs first."""
+        folder = self.folder(artifact)
+        cached = self.has(artifact)
+        if not cached:
+            for item in artifact.inputs:
+                self.get(item)
+            with writing(folder.parent), locked(folder.with_suffix(".lock")):
+                cached = self.has(artifact)
+                if not cached:
+                    self._make(artifact, folder)
+        if artifact.key not in self.stages:
+            work = Work(**self.check(folder)["work"])
+            self.stages[artifact.key] = Stage(artifact.title, artifact.key, cached, work)
+        return artifact.load(folder)
+
+    def _make(self, artifact: Artifact[Any], folder: Path) -> None:
+        partial = folder.with_suffix(".partial")
+        (partial / PARTS).mkdir(parents=True, exist_ok=True)
+        work = Work()
+        started = time.monotonic()
+        artifact.make(partial, work)
+        work.seconds = round(work.seconds or time.monotonic() - started, 3)
+        for leftover in partial.glob(".*.partial"):  # of a process killed while it wrote
+            leftover.unlink()
+        files = sorted(path for path in partial.iterdir() if path.is_file())
+        manifest = {
+            "kind": artifact.kind,
+            "title": artifact.title,
+            "key": artifact.key,
+            "identity": artifact.identity,
+            "inputs": [item.key for item in artifact.inputs],
+            "files": {path.name: file_hash(path) for path in files},
+            "work": vars(work),
+        }
+        write_json(partial / MANIFEST, manifest)
+        partial.rename(folder)
+        shutil.rmtree(folder / PARTS)
+
+    def check(self, folder: Path) -> dict[str, Any]:
+        """The manifest of a finished artifact, after comparing every file with its hash."""
+        manifest: dict[str, Any] = read_json(folder / MANIFEST)
+        for name, expected in manifest["files"].items():
+            path = folder / name
+            if not path.is_file() or file_hash(path) != expected:
+                raise MembenchError(
+                    f"{path}: missing, truncated or changed since it was written; "
+                    f"delete {folder} and run again to recompute it"
+                )
+        return manifest
+
+    def plan(self, artifacts: list[Artifact[Any]]) -> list[Stage]:
+        """What `get` would do for these and their inputs, inputs first, each once."""
+        seen: dict[str, Stage] = {}
+
+        def visit(artifact: Artifact[Any]) -> None:
+            if artifact.key in seen:
+                return
+            for item in artifact.inputs:
+                visit(item)
+            cached = self.has(artifact)
+            seen[artifact.key] = Stage(artifact.title, artifact.key, cached, artifact.planned)
+
+        for artifact in artifacts:
+            visit(artifact)
+        return list(seen.values())

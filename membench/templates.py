@@ -1,0 +1,51 @@
+"""`membench new method NAME`: a file that works as it is."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from pathlib import Path
+
+from membench.errors import MembenchError
+from membench.files import writing
+
+METHOD = '''"""{title}: describe it in one line."""
+
+import numpy as np
+
+from membench.plugins import Lab, Surrogate, extraction
+
+
+def by_brightness(images: np.ndarray, n_labels: int) -> np.ndarray:
+    """Labels 0 .. n_labels - 1: quantiles of the mean brightness. images: uint8 [N, H, W, C]."""
+    brightness = images.mean(axis=(1, 2, 3))
+    edges = np.quantile(brightness, np.linspace(0, 1, n_labels + 1)[1:-1])
+    return np.searchsorted(edges, brightness)
+
+
+@extraction(title="{title}", paper="unpublished")
+def {name}(lab: Lab, *, n_labels: int = 10) -> Surrogate | None:
+    """Guide the target by labels of your own, learnt from images it made itself.
+
+    Keyword arguments are the method's parameters: `membench run ... --set n_labels=20`.
+    """
+    synthetic = lab.synthetic()
+    labels = lab.label_by(synthetic, by_brightness, version=1, n_labels=n_labels)
+    return lab.time_dependent(synthetic, labels)
+'''
+
+
+def write_method(name: str, folder: Path) -> Path:
+    """Write the template as FOLDER/NAME.py; refuses to replace a file."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+        raise MembenchError(
+            f"{name!r}: a method's name is a Python name in small letters, as in my_attack"
+        )
+    path = folder / f"{name}.py"
+    with writing(folder):
+        try:
+            with open(path, "x", encoding="utf-8") as stream:
+                stream.write(METHOD.format(name=name, title=name.replace("_", " ").capitalize()))
+        except FileExistsError:
+            raise MembenchError(f"{path}: is there already; choose another name") from None
+    return path

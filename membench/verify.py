@@ -1,0 +1,106 @@
+"""Recompute every number of a record from its saved matches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from membench.errors import MembenchError
+from membench.files import read_json
+from membench.hashing import content_hash, file_hash
+from membench.metrics.scores import METRIC_VERSIONS
+from membench.scoring import NULL, RECORD, SCHEMA, calibrate_from, score_all
+from membench.similarity.matches import Matches
+from membench.specs import Similarity, explain
+
+UNHASHED = ("results_sha256", "cost", "provenance")
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check a record (its JSON file or its folder) and return it.
+
+    The id must be the hash of the identity, every file must have its hash, and calibration and
+    scores, computed again from the matches, must be equal to the last bit. Raises `MembenchError`
+    naming the first thing that differs.
+    """
+    path = path / RECORD if path.is_dir() else path
+    record = read_json(path)
+    _check_frame(path, record)
+    folder = path.parent
+    for name, expected in record["files"].items():
+        file = folder / name
+        if "/" in name or name.startswith("."):
+            raise MembenchError(f"{path}: files: {name!r} is not a plain file name")
+        if not file.is_file():
+            raise MembenchError(f"{file}: missing; {path.name} names it, keep them in one folder")
+        if file_hash(file) != expected:
+            raise MembenchError(f"{file}: truncated or changed: its SHA-256 is not the record's")
+    identity = record["identity"]
+    try:
+        similarity = Similarity.model_validate(identity["similarity"])
+    except ValidationError as error:
+        raise MembenchError(f"{path}: identity.similarity.{explain(error)}") from None
+
+    scales = [float(scale) for scale in identity["guidance_scales"]]
+    matches = {scale: _load(folder / f"matches-{scale:g}.npz", record) for scale in scales}
+    for scale, found in matches.items():
+        count = identity["images_per_scale"]
+        if len(found.members.distance) != count:
+            raise MembenchError(f"{folder}: matches-{scale:g}.npz: not {count} images")
+    calibration = calibrate_from(_load(folder / NULL, record), similarity, prod(identity["shape"]))
+    _compare(path, "calibration", record["calibration"], calibration.to_dict())
+    _compare(path, "scores", record["scores"], score_all(matches, calibration, similarity))
+    hashed = {key: value for key, value in record.items() if key not in UNHASHED}
+    if content_hash(hashed) != record["results_sha256"]:
+        raise MembenchError(f"{path}: results_sha256 is not the hash of the record's content")
+    return record  # type: ignore[no-any-return]
+
+
+def _load(path: Path, record: dict[str, Any]) -> Matches:
+    if path.name not in record["files"]:
+        raise MembenchError(f"{path.name}: the record does not name this file's hash")
+    return Matches.load(path)
+
+
+def _check_frame(path: Path, record: Any) -> None:
+    """The parts every record has, its schema, its id, and the versions of its metrics."""
+    parts = ("schema", "id", "identity", "calibration", "scores", "files", "results_sha256")
+    for part in parts:
+        if not isinstance(record, dict) or part not in record:
+            raise MembenchError(f"{path}: no {part!r}: not a membench record")
+    if record["schema"] != SCHEMA:
+        raise MembenchError(f"{path}: schema {record['schema']}, this membench reads {SCHEMA}")
+    if content_hash(record["identity"]) != record["id"]:
+        raise MembenchError(f"{path}: id is not the hash of identity: one of them was changed")
+    versions = record["identity"].get("metrics")
+    if versions != dict(METRIC_VERSIONS):
+        raise MembenchError(
+            f"{path}: made with metric versions {versions}, this membench has "
+            f"{dict(METRIC_VERSIONS)}; use the membench that made it, or run again"
+        )
+
+
+def _compare(path: Path, where: str, saved: Any, computed: Any) -> None:
+    for field, old, new in differences(where, saved, computed):
+        raise MembenchError(f"{path}: {field} is {old!r}, recomputed {new!r}")
+
+
+def differences(where: str, saved: Any, computed: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Every leaf in which two JSON values differ: (path, saved, computed)."""
+    if isinstance(saved, dict) and isinstance(computed, dict):
+        for key in sorted(saved.keys() | computed.keys()):
+            absent = "nothing"
+            yield from differences(
+                f"{where}.{key}", saved.get(key, absent), computed.get(key, absent)
+            )
+    elif isinstance(saved, list) and isinstance(computed, list | tuple):
+        if len(saved) != len(computed):
+            yield f"{where}: length", len(saved), len(computed)
+        for i, (old, new) in enumerate(zip(saved, computed, strict=False)):
+            yield from differences(f"{where}[{i}]", old, new)
+    elif type(saved) is not type(computed) or saved != computed:
+        yield where, saved, computed

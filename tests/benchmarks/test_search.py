@@ -1,0 +1,145 @@
+"""Neighbour search: ours against torch.cdist + topk, faiss.IndexFlatL2 and a plain GEMM.
+
+    OMP_NUM_THREADS=1 python -m pytest tests/benchmarks/test_search.py --benchmark-columns=median
+
+2,000 queries against 50,000 x 3,072 uint8 pixels in a memory map, 50 neighbours: real CIFAR-10 from
+`../shared/data/cifar10_jpg32.zip`, or random vectors where that file is missing. The contenders take
+turns within each round, so that other load on the machine hits all alike, and CPU time is counted
+(of all threads). The medians of the ratios land in `extra_info` and in the output; no time is
+asserted, but the neighbours must be the same.
+
+`faiss` is timed from the memory map, as ours is, and, as `faiss_search`, without filling its index
+(which holds all of the data as float32).
+"""
+
+import io
+import statistics
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from membench.similarity import nearest
+
+faiss = pytest.importorskip("faiss")
+
+ARCHIVE = Path(__file__).parents[3] / "shared" / "data" / "cifar10_jpg32.zip"
+QUERIES, REFERENCE, PIXELS, K = 2_000, 50_000, (32, 32, 3), 50
+ROUNDS = 5
+
+
+def decode(archive, split, n, path):
+    """The first n images of a split, spread over its classes, as a memory-mapped .npy."""
+    names = sorted(name for name in archive.namelist() if name.startswith(f"{split}/"))
+    names = [names[i] for i in np.random.default_rng(0).permutation(len(names))[:n]]
+    out = np.lib.format.open_memmap(path, "w+", np.uint8, (n, *PIXELS))
+    for row, name in zip(out, names, strict=True):
+        row[:] = np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB"))
+    out.flush()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """(name, queries, reference): memory maps, decoded once."""
+    folder = tmp_path_factory.mktemp("search")
+    parts = {"test": QUERIES, "train": REFERENCE}
+    name = "CIFAR-10" if ARCHIVE.exists() else "random vectors (CIFAR-10 is not there)"
+    if ARCHIVE.exists():
+        with zipfile.ZipFile(ARCHIVE) as archive:
+            for split, n in parts.items():
+                decode(archive, split, n, folder / f"{split}.npy")
+    else:
+        rng = np.random.default_rng(0)
+        for split, n in parts.items():
+            np.save(folder / f"{split}.npy", rng.integers(0, 256, (n, *PIXELS), dtype=np.uint8))
+    return name, *(np.load(folder / f"{split}.npy", mmap_mode="r") for split in parts)
+
+
+def unit(x):
+    """uint8 images as float32 rows in [0, 1]."""
+    rows = x.reshape(len(x), -1).astype(np.float32)
+    rows /= 255
+    return rows
+
+
+def test_search(benchmark, data):
+    name, queries, reference = data
+    a, b = unit(queries), unit(reference)
+    product = np.empty((len(a), len(b)), np.float32)
+    full = faiss.IndexFlatL2(b.shape[1])
+    full.add(b)
+
+    def cdist():
+        x, y = torch.from_numpy(unit(queries)), torch.from_numpy(unit(reference))
+        return torch.cdist(x, y).topk(K, largest=False).indices.numpy()
+
+    def flat():
+        index = faiss.IndexFlatL2(b.shape[1])
+        index.add(unit(reference))
+        return index.search(unit(queries), K)[1]
+
+    contenders = {
+        "cdist_topk": cdist,
+        "faiss": flat,
+        "faiss_search": lambda: full.search(a, K)[1],
+        "gemm": lambda: np.matmul(a, b.T, out=product),
+    }
+    seconds = {key: [] for key in ("ours", *contenders)}
+    found = {}
+
+    def timed(key, run):
+        start = time.process_time()
+        found[key] = run()
+        seconds[key].append(time.process_time() - start)
+
+    def others():
+        for key, run in contenders.items():
+            timed(key, run)
+
+    benchmark.pedantic(
+        lambda: timed("ours", lambda: nearest(queries, reference, K)),
+        setup=others,
+        rounds=ROUNDS,
+    )
+
+    ratios = {
+        f"{key}/ours": statistics.median(
+            theirs / ours for theirs, ours in zip(seconds[key], seconds["ours"], strict=True)
+        )
+        for key in contenders
+    }
+    info = {
+        "data": name,
+        "threads": torch.get_num_threads(),
+        "fraction_of_gemm": ratios.pop("gemm/ours"),
+        **ratios,
+        **{f"seconds_{key}": statistics.median(times) for key, times in seconds.items()},
+    }
+    benchmark.extra_info.update(info)
+    print("\n" + "\n".join(f"{key}: {value}" for key, value in info.items()))
+    assert_same_neighbours(queries, reference, found)
+
+
+def assert_same_neighbours(queries, reference, found):
+    """Every contender lists ours, but for pairs that float32 cannot put in order."""
+    pixels = [x.reshape(len(x), -1).astype(np.int32) for x in (queries[:200], reference)]
+    for i, query in enumerate(pixels[0]):
+        squared = ((pixels[1] - query) ** 2).sum(axis=1)
+        exact = np.argsort(squared, kind="stable")[:K]
+        np.testing.assert_array_equal(found["ours"].index[i], exact)
+    for key in ("cdist_topk", "faiss", "faiss_search"):
+        for row, theirs in enumerate(found[key]):
+            ours = found["ours"].index[row]
+            distance = [
+                np.sort(((pixel_rows(reference, j) - pixel_rows(queries, [row])) ** 2).sum(axis=1))
+                for j in (ours, theirs)
+            ]
+            np.testing.assert_allclose(distance[1], distance[0], rtol=1e-4)
+
+
+def pixel_rows(x, rows):
+    return x[rows].reshape(len(rows), -1).astype(np.int64)
