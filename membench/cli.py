@@ -174,6 +174,7 @@ def run(
     scales, changes = _scales(guidance_scale), _settings(settings)
     from membench import run as engine
     from membench.report import table
+    from membench.scoring import RECORD, SHEET
 
     console = Console(stderr=as_json)
     cell = engine.prepare(
@@ -208,8 +209,9 @@ def run(
         print(json.dumps(record, indent=1))
     else:
         console.print(table.report(record))
-        console.print(f"record  {cell.folder / engine.RECORD}", soft_wrap=True, highlight=False)
-        console.print(f"picture {cell.folder / engine.SHEET}", soft_wrap=True, highlight=False)
+        console.print(f"record  {cell.folder / RECORD}", soft_wrap=True, highlight=False)
+        if (cell.folder / SHEET).is_file():
+            console.print(f"picture {cell.folder / SHEET}", soft_wrap=True, highlight=False)
 
 
 def _scales(text: str | None) -> tuple[float, ...] | None:
@@ -303,9 +305,9 @@ def test_(
 
     Example: `membench test my_attack --plugins .`
     """
-    from membench.contract import test_methods
+    from membench.contract import check_methods
 
-    if not test_methods(_registry(plugins), name):
+    if not check_methods(_registry(plugins), name):
         raise typer.Exit(1)
 
 

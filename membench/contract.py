@@ -219,7 +219,7 @@ CHECKS: tuple[Callable[[Bench], None], ...] = (
 )
 
 
-def test_method(registry: Registry, method: Method, console: Console) -> bool:
+def check_method(registry: Registry, method: Method, console: Console) -> bool:
     """Run every check on one method; False if one failed or all were skipped."""
     dataset = small_dataset(registry)
     passed = failed = 0
@@ -246,7 +246,7 @@ def test_method(registry: Registry, method: Method, console: Console) -> bool:
     return passed > 0 and not failed
 
 
-def test_methods(registry: Registry, name: str | None) -> bool:
+def check_methods(registry: Registry, name: str | None) -> bool:
     """`membench test [NAME]`: one method, or all of them."""
     console = Console()
     methods = [registry.method(name)] if name is not None else registry.all_methods()
@@ -256,9 +256,5 @@ def test_methods(registry: Registry, name: str | None) -> bool:
             console.print(f"[red]BROKEN[/]  {escape(method.name)}: {escape(method.reason)}")
             good = False
         else:
-            good &= test_method(registry, method, console)
+            good &= check_method(registry, method, console)
     return good
-
-
-for _public in (test_method, test_methods):
-    _public.__test__ = False  # type: ignore[attr-defined]  # not tests of ours, for pytest

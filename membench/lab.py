@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ import torch
 from membench.data.imageset import Dataset
 from membench.diffusion import tdkd
 from membench.diffusion.classifier import ResNet
-from membench.diffusion.clusters import cluster_images
+from membench.diffusion.clusters import cluster, describe
 from membench.diffusion.guidance import GuidanceLog, classifier_guidance
 from membench.diffusion.sampler import Guidance, ImageNoise, ddim, ddim_times, to_uint8
 from membench.diffusion.targets import Target
@@ -34,6 +34,7 @@ from membench.store import PARTS, Artifact, Store, Work
 SAMPLER_VERSION = 1
 IMAGES, LABELS, REPORT = "images.npy", "labels.npy", "report.json"
 CLASSIFIER, CHECKPOINT = "classifier.safetensors", "checkpoint.pt"
+Place = Literal["x_t", "x_0"]
 Advance = Callable[[int], None]
 
 
@@ -71,7 +72,7 @@ class Surrogate:
     title: str
     classifier: Artifact[Classifier]
     timed: bool
-    at: Literal["x_t", "x_0"] = "x_t"
+    at: Place = "x_t"
 
     def identity(self) -> dict[str, Any]:
         return {"classifier": self.classifier.key, "timed": self.timed, "at": self.at}
@@ -290,12 +291,25 @@ class Lab:
             pixels = self.store.get(images).images
             write_array(folder / LABELS, tdkd.pseudo_label(network.network, pixels))
             work.classifier_calls += len(pixels)
-            write_json(folder / REPORT, {"n_labels": network.n_labels})
+            summary = {key: network.report[key] for key in ("accuracy", "chance", "best_step")}
+            write_json(folder / REPORT, {"n_labels": network.n_labels, classifier.title: summary})
 
         identity = {"labels": "probabilities", "compute": self._compute()}
         return Artifact(
             "labels", "pseudo-labels", identity, make, _load_labels, (images, classifier)
         )
+
+    def descriptors(self, images: Artifact[Generated], name: str) -> Artifact[np.ndarray]:
+        """Descriptors of images (`membench.diffusion.clusters.describe`): float64 [N, D]."""
+
+        def make(folder: Path, work: Work) -> None:
+            pixels = np.asarray(self.store.get(images).images)
+            write_array(folder / "descriptors.npy", describe(pixels, name))
+
+        def load(folder: Path) -> np.ndarray:
+            return np.load(folder / "descriptors.npy", mmap_mode="r")
+
+        return Artifact("descriptors", f"descriptors {name}", {"name": name}, make, load, (images,))
 
     def clusters(
         self,
@@ -307,30 +321,30 @@ class Lab:
     ) -> Artifact[Labels]:
         """k-means clusters of images, the loose ones dropped (SIDE-C); labels are hard.
 
-        descriptor: named in the card when it is not given here. Raises `MembenchError` when
-        `min_cohesion` leaves no cluster.
+        descriptor: the card's, if it is not given here. `Store.get` raises `MembenchError` when
+        there are too few images, or when `min_cohesion` leaves no cluster.
         """
         name = descriptor or self.dataset.card.attack.cluster_descriptor
+        descriptors = self.descriptors(images, name)
         identity = {
             "labels": "clusters",
-            "descriptor": name,
             "n_clusters": n_clusters,
             "min_cohesion": min_cohesion,
             "seed": self.seed,
         }
 
         def make(folder: Path, work: Work) -> None:
-            found = cluster_images(
-                np.asarray(self.store.get(images).images),
-                name,
-                n_clusters=n_clusters,
+            found = cluster(
+                self.store.get(descriptors),
+                n_clusters,
                 min_cohesion=min_cohesion,
                 seed=derive_seed(self.seed, "clusters"),
             )
             write_array(folder / LABELS, found.labels)
-            write_json(folder / REPORT, {"n_labels": found.n_clusters} | found.report)
+            report = {"n_labels": found.n_clusters, "descriptor": name} | found.report
+            write_json(folder / REPORT, report)
 
-        return Artifact("labels", "clusters", identity, make, _load_labels, (images,))
+        return Artifact("labels", "clusters", identity, make, _load_labels, (descriptors,))
 
     def label_by(
         self,
@@ -409,11 +423,12 @@ class Lab:
         )
         return Surrogate("time-dependent classifier", artifact, timed=True)
 
-    def time_independent(
-        self, classifier: Artifact[Classifier], at: Literal["x_t", "x_0"] = "x_t"
-    ) -> Surrogate:
+    def time_independent(self, classifier: Artifact[Classifier], at: str = "x_t") -> Surrogate:
         """A clean-image classifier used at every t: at x_t, or at the predicted x_0 (OL-TI)."""
-        return Surrogate(f"time-independent classifier at {at}", classifier, timed=False, at=at)
+        if at not in ("x_t", "x_0"):
+            raise MembenchError(f"at: {at!r}, expected 'x_t' or 'x_0'")
+        title = f"time-independent classifier at {at}"
+        return Surrogate(title, classifier, timed=False, at=cast(Place, at))
 
     # -- matches --------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ import torch
 from pydantic import ValidationError
 
 from membench import __version__
+from membench.allocator import keep_freed_memory
 from membench.data.imageset import Dataset, load_dataset
 from membench.diffusion.sampler import ddim_times
 from membench.diffusion.targets import OracleTarget, Target, load_unet_target, parse_oracle
@@ -27,11 +28,20 @@ from membench.errors import MembenchError
 from membench.files import link_or_copy, locked, write_json, writing
 from membench.hashing import canonical_json, content_hash, file_hash
 from membench.lab import IMAGES, Generated, Lab, Progress, Surrogate
-from membench.metrics.scores import METRIC_VERSIONS
+from membench.metrics import METRIC_VERSIONS
 from membench.plugins import Method
 from membench.registry import Registry, unknown
+from membench.report import table
 from membench.report.contact_sheet import contact_sheet
-from membench.scoring import NULL, RECORD, SCHEMA, SHEET, calibrate_from, score_all
+from membench.scoring import (
+    NULL,
+    RECORD,
+    SCHEMA,
+    SHEET,
+    calibrate_from,
+    fixed_band_rates,
+    score_all,
+)
 from membench.similarity.matches import Matches
 from membench.specs import DataCard, RunSpec, Sampling, explain
 from membench.store import Artifact, Stage, Store
@@ -180,6 +190,7 @@ def prepare(
         )
     except ValidationError as error:
         raise MembenchError(explain(error)) from None
+    keep_freed_memory()
     model = resolve_target(spec.target, card, data, registry, results, spec.device)
     try:
         ddim_times(spec.sampling.steps, len(model.abar))
@@ -222,9 +233,8 @@ def run(cell: Cell) -> dict[str, Any]:
     store = cell.lab.store
     generated = {scale: store.get(images) for scale, images in cell.images.items()}
     matches = {scale: store.get(found) for scale, found in cell.matches.items()}
-    calibration = calibrate_from(
-        store.get(cell.null), cell.card.similarity, prod(cell.card.images.shape)
-    )
+    null = store.get(cell.null)
+    calibration = calibrate_from(null, cell.card.similarity, prod(cell.card.images.shape))
     scores = score_all(matches, calibration, cell.card.similarity)
     attack = _attack(cell, generated)
 
@@ -248,6 +258,7 @@ def run(cell: Cell) -> dict[str, Any]:
             "limited_by": limits,
             "identity": cell.identity,
             "calibration": calibration.to_dict(),
+            "null": fixed_band_rates(null, cell.card.similarity),
             "scores": scores,
             "attack": attack,
             "files": files,
@@ -256,24 +267,16 @@ def run(cell: Cell) -> dict[str, Any]:
         record["results_sha256"] = content_hash(record)
         record["cost"] = _cost(list(store.stages.values()))
         record["provenance"] = _provenance(cell, started)
-        contact_sheet(
-            folder / SHEET,
-            {scale: images.images for scale, images in generated.items()},
-            matches,
-            cell.lab.dataset.members.images,
-            title=title_of(record),
-        )
+        if cell.card.show_images:
+            contact_sheet(
+                folder / SHEET,
+                {scale: images.images for scale, images in generated.items()},
+                matches,
+                cell.lab.dataset.members.images,
+                title=table.title(record),
+            )
         write_json(folder / RECORD, record)
     return record
-
-
-def title_of(record: Mapping[str, Any]) -> str:
-    """`side_c on fashion_mini / ddpm, seed 0`."""
-    identity = record["identity"]
-    return (
-        f"{identity['method']['name']} on {identity['dataset']['name']} / "
-        f"{identity['target']['name']}, seed {identity['seed']}"
-    )
 
 
 def departures(cell: Cell) -> list[str]:

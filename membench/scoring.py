@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from membench.metrics.calibration import Calibration, calibrate
+from membench.metrics.image import bands
+from membench.metrics.intervals import clopper_pearson
 from membench.metrics.scores import average, score
-from membench.similarity.matches import Matches
+from membench.similarity.matches import Matches, nl2
 from membench.specs import Similarity
 
 SCHEMA = 1
@@ -26,6 +28,29 @@ def calibrate_from(null: Matches, similarity: Similarity, pixels: int) -> Calibr
         rates=similarity.false_match_rates.model_dump(),
         copy_distance=similarity.near_duplicate_rmse * pixels**0.5,
     )
+
+
+def fixed_band_rates(null: Matches, similarity: Similarity) -> dict[str, Any]:
+    """How often real held-out images, whom nobody trained on, reach the papers' fixed bands.
+
+    {mode: {level: {"upper", "rate", "interval"}}} for every mode of the card but the calibrated.
+    """
+    best = nl2(null.members.distance)[:, 0]
+    rates: dict[str, Any] = {}
+    for mode in similarity.band_modes:
+        if mode == "calibrated":
+            continue
+        rates[mode] = {}
+        for level, band in bands(mode).items():
+            assert band is not None, "only calibrated bands can be missing"
+            hits = int(band.contains(best).sum())
+            interval = list(clopper_pearson(hits, len(best)))
+            rates[mode][level] = {
+                "upper": band.upper,
+                "rate": hits / len(best),
+                "interval": interval,
+            }
+    return rates
 
 
 def score_all(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from membench.allocator import keep_freed_memory
 from membench.data.imageset import Dataset, load_dataset
 from membench.diffusion.train import WEIGHTS, Probe, train
 from membench.files import locked, writing
@@ -26,18 +28,20 @@ from membench.specs import DataCard
 
 
 def memorised_share(dataset: Dataset) -> Probe:
-    """The l2 ratio (share with d1 / d2 < 1/3) of images against members and held-out twin."""
+    """How close images are to members and to the held-out twin.
 
-    def probe(images: np.ndarray) -> dict[str, float]:
-        return {
-            f"l2_ratio_{name}": float(
-                ratio_hits(nearest(images, reference.images, 2).distance).mean()
-            )
-            for name, reference in (
-                ("members", dataset.members),
-                ("heldout", dataset.heldout_twin),
-            )
-        }
+    `l2_ratio`: the share with d1 / d2 < 1/3; `rmse`: the median distance to the nearest, as RMSE
+    of pixels in [0, 1].
+    """
+    references = {"members": dataset.members.images, "heldout": dataset.heldout_twin.images}
+
+    def probe(step: int, images: np.ndarray) -> dict[str, float]:
+        found = {}
+        for name, reference in references.items():
+            distance = nearest(images, reference, 2).distance
+            found[f"l2_ratio_{name}"] = float(ratio_hits(distance).mean())
+            found[f"rmse_{name}"] = float(np.median(distance[:, 0])) / prod(images.shape[1:]) ** 0.5
+        return found
 
     return probe
 
@@ -52,6 +56,7 @@ def train_target(
     resume: bool,
 ) -> Path:
     """Train one target of a card and return its folder."""
+    keep_freed_memory()
     recipe = card.targets[name]
     dataset = load_dataset(card, registry.data_folder(card.name))
     folder = results / "targets" / card.name / name
@@ -75,22 +80,18 @@ def train_target(
         ) as progress,
     ):
         task = progress.add_task(f"{card.name}/{name}", total=steps, loss=float("nan"))
-        smooth: list[float] = []
-        latest = 0
+        recent: list[float] = []
 
         def report(step: int, loss: float) -> None:
-            nonlocal latest
-            latest = step
-            smooth.append(loss)
-            del smooth[:-100]
-            progress.update(task, completed=step, loss=sum(smooth) / len(smooth))
+            recent.append(loss)
+            del recent[:-100]
+            progress.update(task, completed=step, loss=sum(recent) / len(recent))
 
-        def probe(images: np.ndarray) -> dict[str, float]:
-            found = share(images)
+        def probe(step: int, images: np.ndarray) -> dict[str, float]:
+            found = share(step, images)
             console.print(
-                f"step {latest}: loss {sum(smooth) / len(smooth):.4f}, "
-                f"d1/d2 < 1/3 in {found['l2_ratio_members']:.1%} of {len(images)} samples "
-                f"(held-out {found['l2_ratio_heldout']:.1%})",
+                f"step {step}: d1/d2 < 1/3 in {found['l2_ratio_members']:.1%} of {len(images)} "
+                f"samples (held-out {found['l2_ratio_heldout']:.1%})",
                 highlight=False,
             )
             return found

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from membench.errors import MembenchError
 from membench.files import read_json
 from membench.hashing import content_hash, file_hash
-from membench.metrics.scores import METRIC_VERSIONS
-from membench.scoring import NULL, RECORD, SCHEMA, calibrate_from, score_all
+from membench.metrics import METRIC_VERSIONS
+from membench.scoring import NULL, RECORD, SCHEMA, calibrate_from, fixed_band_rates, score_all
 from membench.similarity.matches import Matches
 from membench.specs import Similarity, explain
 
@@ -51,13 +51,15 @@ def verify(path: Path) -> dict[str, Any]:
         count = identity["images_per_scale"]
         if len(found.members.distance) != count:
             raise MembenchError(f"{folder}: matches-{scale:g}.npz: not {count} images")
-    calibration = calibrate_from(_load(folder / NULL, record), similarity, prod(identity["shape"]))
+    null = _load(folder / NULL, record)
+    calibration = calibrate_from(null, similarity, prod(identity["shape"]))
     _compare(path, "calibration", record["calibration"], calibration.to_dict())
+    _compare(path, "null", record["null"], fixed_band_rates(null, similarity))
     _compare(path, "scores", record["scores"], score_all(matches, calibration, similarity))
     hashed = {key: value for key, value in record.items() if key not in UNHASHED}
     if content_hash(hashed) != record["results_sha256"]:
         raise MembenchError(f"{path}: results_sha256 is not the hash of the record's content")
-    return record  # type: ignore[no-any-return]
+    return record
 
 
 def _load(path: Path, record: dict[str, Any]) -> Matches:
@@ -68,7 +70,7 @@ def _load(path: Path, record: dict[str, Any]) -> Matches:
 
 def _check_frame(path: Path, record: Any) -> None:
     """The parts every record has, its schema, its id, and the versions of its metrics."""
-    parts = ("schema", "id", "identity", "calibration", "scores", "files", "results_sha256")
+    parts = ("schema", "id", "identity", "calibration", "null", "scores", "files", "results_sha256")
     for part in parts:
         if not isinstance(record, dict) or part not in record:
             raise MembenchError(f"{path}: no {part!r}: not a membench record")

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from membench.contract import CHECKS, test_method
+from membench.contract import CHECKS, check_method
 from membench.registry import Registry
 from membench.templates import write_method
 
 
 def outcome(registry: Registry, name: str) -> tuple[bool, str]:
     console = Console(file=io.StringIO(), width=200)
-    good = test_method(registry, registry.method(name), console)
+    good = check_method(registry, registry.method(name), console)
     return good, console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -38,7 +38,10 @@ HEAD = """
 import random
 from membench.plugins import extraction
 """
-TIMED = "lab.time_dependent(lab.synthetic(), lab.clusters(lab.synthetic(), n_clusters={}, min_cohesion=0.0))"
+TIMED = (
+    "lab.time_dependent(lab.synthetic(), "
+    "lab.clusters(lab.synthetic(), n_clusters={}, min_cohesion=0.0))"
+)
 
 
 @pytest.mark.parametrize(

@@ -414,7 +414,7 @@ def test_papers_bands_on_real_images_are_in_the_head() -> None:
         name: {"upper": upper, "rate": rate}
         for name, upper, rate in (("low", 1.5, 0.85), ("mid", 1.4, 0.77), ("high", 1.35, 0.75))
     }
-    text = leaderboard.board("toy", [sealed(make_record() | {"null": {"papers": papers}})])[
+    text = leaderboard.board("toy", [sealed(make_record() | {"null": {"cumulative": papers}})])[
         "toy.md"
     ]
     assert "nL2 ≤ 1.5 / 1.4 / 1.35, are reached by **85.0 / 77.0 / 75.0 %**" in text

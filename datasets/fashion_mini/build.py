@@ -75,9 +75,11 @@ def draw(folder: Path) -> tuple[dict[str, dict[str, np.ndarray]], int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("folder", nargs="?", default="/usr/share/datasets/fashion-mnist", type=Path)
-    parser.add_argument("--check", action="store_true", help="compare with the files that are there")
+    parser.add_argument("--check", action="store_true", help="compare with the files here")
     arguments = parser.parse_args()
     splits, passed_over = draw(arguments.folder)
     manifest = {

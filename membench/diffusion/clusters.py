@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from membench.diffusion.sampler import from_uint8
 from membench.errors import MembenchError
 
-DESCRIPTORS = ("pixels_pca", "pixels_lowres", "classifier")
+DESCRIPTORS = ("pixels_pca", "pixels_lowres")
 DIRECTIONS, VARIANCE = 64, 0.95  # pixels_pca: the fewest directions that hold 95 %, at most 64
 LOWRES = 8  # pixels_lowres: at most 8 x 8 averages per channel
 IMAGES_PER_CLUSTER = 4
@@ -29,23 +29,15 @@ class Clusters:
     report: dict[str, Any]
 
 
-def describe(images: np.ndarray, name: str, features: np.ndarray | None = None) -> np.ndarray:
+def describe(images: np.ndarray, name: str) -> np.ndarray:
     """Descriptors of a set of images, centred on the set and L2-normalised: float64 [N, D].
 
     images: uint8 [N, H, W, C]. `pixels_pca`: coordinates along the first principal directions of
-    the pixels; `pixels_lowres`: pixels averaged to 8 x 8; `classifier`: `features` [N, F], the
-    penultimate layer of a label classifier trained on synthetic images.
+    the pixels; `pixels_lowres`: pixels averaged to 8 x 8.
     """
     if name not in DESCRIPTORS:
         raise MembenchError(f"cluster_descriptor: {name!r}, expected one of {DESCRIPTORS}")
-    if name == "classifier":
-        if features is None:
-            raise MembenchError(
-                "cluster_descriptor: 'classifier' needs the features of a label classifier; "
-                "choose a descriptor of pixels"
-            )
-        raw = np.asarray(features, dtype=np.float64)
-    elif name == "pixels_lowres":
+    if name == "pixels_lowres":
         _, height, width, _ = images.shape
         size = (min(height, LOWRES), min(width, LOWRES))
         pooled = torch.nn.functional.adaptive_avg_pool2d(from_uint8(images), size)
@@ -107,19 +99,3 @@ def cluster(
             "sizes": np.bincount(labels, minlength=len(kept)).tolist(),
         },
     )
-
-
-def cluster_images(
-    images: np.ndarray,
-    descriptor: str,
-    n_clusters: int = 100,
-    *,
-    seed: int,
-    min_cohesion: float = 0.5,
-    features: np.ndarray | None = None,
-) -> Clusters:
-    """`describe`, then `cluster`; the report names the descriptor."""
-    found = cluster(
-        describe(images, descriptor, features), n_clusters, seed=seed, min_cohesion=min_cohesion
-    )
-    return Clusters(found.labels, found.n_clusters, {"descriptor": descriptor} | found.report)

@@ -328,17 +328,6 @@ def pseudo_label(classifier: ResNet, images: np.ndarray) -> np.ndarray:
     return torch.cat(batches).numpy()
 
 
-@torch.no_grad()
-def penultimate_features(classifier: ResNet, images: np.ndarray) -> np.ndarray:
-    """The penultimate layer of a label classifier: uint8 [N, H, W, C] -> float32 [N, F]."""
-    device = next(classifier.parameters()).device
-    batches = [
-        classifier.features(from_uint8(images[start : start + EVALUATION_BATCH]).to(device)).cpu()
-        for start in range(0, len(images), EVALUATION_BATCH)
-    ]
-    return torch.cat(batches).numpy()
-
-
 def save_classifier(path: Path, classifier: ResNet, meta: dict[str, Any]) -> None:
     """Write weights and description as safetensors; `meta` is anything JSON-able."""
     description = {

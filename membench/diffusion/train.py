@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from membench.files import replace_atomically, write_json
 from membench.hashing import content_hash, derive_seed, file_hash
 from membench.specs import Images, TargetRecipe, Training
 
-Probe = Callable[[np.ndarray], dict[str, float]]
+Probe = Callable[[int, np.ndarray], dict[str, float]]
 Report = Callable[[int, float], None]
 
 WEIGHTS, LOG, CHECKPOINT = "model.safetensors", "training.json", "checkpoint.pt"
@@ -40,7 +40,7 @@ class _State:
     step: int = 0
     seconds: float = 0.0
     loss_sum: float = 0.0
-    curve: list[dict[str, float]] | None = None
+    curve: list[dict[str, float]] = field(default_factory=list)
 
     def tensors(self) -> dict[str, Any]:
         return {
@@ -152,7 +152,7 @@ def train(
     checkpoint = folder / CHECKPOINT
 
     torch.manual_seed(derive_seed(training.seed, "init"))
-    network = build_unet(recipe, shape).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = build_unet(recipe, shape).to(device, memory_format=torch.channels_last)
     network.train()
     state = _State(
         network=network,
@@ -160,7 +160,6 @@ def train(
         optimizer=torch.optim.AdamW(
             network.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
         ),
-        curve=[],
     )
     if checkpoint.exists():
         if not resume:
@@ -173,7 +172,22 @@ def train(
     abar = schedule_abar(recipe)
     abar_tensor = torch.tensor(abar)
     pixels = from_uint8(members)
-    assert state.curve is not None
+    curve = state.curve
+
+    def evaluate() -> None:
+        samples = sample_plain(
+            state.average.module,
+            abar,
+            shape.shape,
+            training.evaluate_images,
+            derive_seed(training.seed, "evaluate"),
+            device=device,
+        )
+        since = curve[-1]["step"] if curve else 0
+        loss = state.loss_sum / (state.step - since)
+        curve.append({"step": state.step, "loss": loss} | probe(state.step, samples))
+        state.loss_sum = 0.0
+        _write_log(folder, recipe, members_sha256, state, finished=False)
 
     while state.step < training.last_step:
         started = time.monotonic()
@@ -199,24 +213,14 @@ def train(
         state.seconds += time.monotonic() - started
         report(state.step, value)
 
-        if state.step % training.evaluate_every == 0 or state.step == training.last_step:
-            since = state.curve[-1]["step"] if state.curve else 0
-            samples = sample_plain(
-                state.average.module,
-                abar,
-                shape.shape,
-                training.evaluate_images,
-                derive_seed(training.seed, "evaluate"),
-                device=device,
-            )
-            state.curve.append(
-                {"step": state.step, "loss": state.loss_sum / (state.step - since)} | probe(samples)
-            )
-            state.loss_sum = 0.0
-            _write_log(folder, recipe, members_sha256, state, finished=False)
+        if state.step % training.evaluate_every == 0:
+            evaluate()
         if state.step % training.checkpoint_every == 0 or state.step == training.last_step:
             _save_checkpoint(checkpoint, identity, state)
 
+    if not curve or curve[-1]["step"] < state.step:
+        evaluate()
+        _save_checkpoint(checkpoint, identity, state)
     weights = {
         name: value.contiguous() for name, value in state.average.module.state_dict().items()
     }

@@ -51,12 +51,13 @@ def _block(calibration: Mapping[str, Any], null: Mapping[str, Any]) -> list[str]
     headers = ["band", "false matches asked for, %", "nL2", "95 % interval", "reached by, %",
                "95 % interval"]  # fmt: skip
     parts = [text, table(headers, rows)]
-    papers = [null["papers"][name] for name in BANDS] if "papers" in null else []
-    if papers:
+    for mode, levels in null.items():
+        papers = [levels[name] for name in BANDS]
         bounds = " / ".join(f"{band['upper']:g}" for band in papers)
         rates = " / ".join(percent(band["rate"]) for band in papers)
         parts.append(
-            f"The papers' fixed bands, nL2 ≤ {bounds}, are reached by **{rates} %** of the same "
+            f"The papers' fixed bands ({escaped(mode)}), nL2 ≤ {bounds}, are reached by "
+            f"**{rates} %** of the same "
             "real images: of what they count, that much would be counted without any extraction."
         )
     return parts
