@@ -246,8 +246,8 @@ def train(
 ) -> None:
     """Train a target model by its card's recipe.
 
-    Writes weights, recipe, loss curve and memorised share over training to
-    RESULTS/targets/DATASET/NAME; after a kill, `--resume` gives the same weights as without one.
+    Writes weights, recipe, loss curve and memorised share over training (numbers and a picture)
+    to RESULTS/targets/DATASET/NAME; after a kill, `--resume` gives the same weights as without one.
 
     Example: `membench train fashion_mini --target ddpm`
     """

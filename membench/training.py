@@ -22,6 +22,7 @@ from membench.diffusion.train import WEIGHTS, Probe, train
 from membench.files import locked, writing
 from membench.metrics.image import ratio_hits
 from membench.registry import Registry
+from membench.report.figures import draw_training
 from membench.run import resolve_device
 from membench.similarity.search import nearest
 from membench.specs import DataCard
@@ -107,6 +108,8 @@ def train_target(
             device=resolve_device(device),
             report=report,
         )
+        picture = draw_training(log["curve"], f"{card.name} / {name}")
+        (folder / "training.svg").write_text(picture, encoding="utf-8")
     console.print(
         f"{folder / WEIGHTS}: {log['parameters']:,} parameters, "
         f"SHA-256 {log['weights_sha256']}, {log['seconds']:.0f} s of training",

@@ -313,8 +313,8 @@ def test_threshold_interval_covers_the_quantile():
 @pytest.mark.parametrize(("n", "rate"), [(1, 0.05), (100, 0.05), (2048, 0.002), (700, 0.01)])
 def test_threshold_interval_equals_scipy(n, rate):
     null = np.arange(1.0, n + 1)
-    low, high = stats.binom.ppf([0.025, 0.975], n, rate) + [0, 1]
-    expected = (low if low >= 1 else None, high if high <= n else None)
+    low, high = stats.binom.ppf([0.025, 0.975], n, rate)
+    expected = (low if low >= 1 else None, high + 1 if high < n else None)
     assert threshold(null, rate).interval == expected
 
 

@@ -74,6 +74,54 @@ def test_references_that_keep_getting_nearer(rng, small_blocks):
     assert_exact(reference[-20:], reference, 50)
 
 
+def smooth(rng, n, noise=3):
+    """Images whose 2 x 2 patches are nearly flat: the search filters them by patch sums."""
+    coarse = rng.integers(30, 220, (n, 2, 2, 3)).repeat(4, axis=1).repeat(4, axis=2)
+    return (coarse + rng.integers(-noise, noise + 1, coarse.shape)).astype(np.uint8)
+
+
+@pytest.fixture
+def patches(monkeypatch):
+    """The patch sizes of the filters that a search used on blocks of references."""
+    used = []
+    real = search._Filter.ranks
+    monkeypatch.setattr(
+        search._Filter, "ranks", lambda self, block: used.append(self.patch) or real(self, block)
+    )
+    return used
+
+
+@pytest.mark.parametrize("k", [1, 3, 50])
+@pytest.mark.parametrize("useful", [1, 0], ids=["patches", "patches given up"])
+def test_smooth_images_equal_brute_force(rng, small_blocks, patches, monkeypatch, k, useful):
+    monkeypatch.setattr(search, "_USEFUL", useful)
+    assert_exact(smooth(rng, 20), smooth(rng, 200), k)
+    assert patches[-1] == (2 if useful else 1)
+
+
+def test_patches_that_keep_too_many(rng, small_blocks, patches, monkeypatch):
+    """References that differ within their patches only: all survive the filter, then are refined."""
+    monkeypatch.setattr(search, "_USEFUL", 1)
+    base = smooth(rng, 2, 0)
+    reference = base.repeat(300, axis=0) + rng.integers(0, 2, (600, 8, 8, 3)).astype(np.uint8)
+    assert_exact(np.concatenate([reference[:5], base]), reference, 3)
+    assert patches[-1] == 2
+
+
+def test_patches_never_exceed_the_true_distance(rng):
+    """|f(x) - f(y)|^2 <= stretch |x - y|^2, with equality for constant patches."""
+    for patch in (2, 4):
+        for make in (smooth, images):
+            shape = {} if make is smooth else {"shape": (8, 8, 3)}
+            x, y = (make(rng, 50, **shape) for _ in range(2))
+            f = [search._patches(z, patch).astype(int) for z in (x, y)]
+            true = ((x.astype(int) - y) ** 2).reshape(50, -1).sum(axis=1)
+            assert (((f[0] - f[1]) ** 2).sum(axis=1) <= patch**2 * true).all()
+    flat = [np.full((1, 4, 4, 1), value, np.uint8) for value in (0, 255)]
+    sums = [search._patches(z, 4).astype(int) for z in flat]
+    assert (sums[1] - sums[0]).item() ** 2 == 16 * 16 * 255**2
+
+
 def test_duplicates_are_ordered_by_index(rng, small_blocks):
     reference = np.concatenate([images(rng, 5)] * 40)
     queries = np.concatenate([reference[:3], images(rng, 3)])
@@ -93,7 +141,7 @@ def test_near_ties_that_the_margin_cannot_tell_apart(rng, small_blocks, monkeypa
 
 
 def test_the_filter_alone_is_not_exact(rng):
-    """Float32 ranks do reorder these neighbours: the test above would notice a missing refinement."""
+    """Float32 ranks do reorder such neighbours: a missing refinement would be noticed."""
     reference = images(rng, 2000, (3072,), 100, 156).astype(np.float32)
     query = images(rng, 1, (3072,)).astype(np.float32)
     rank = (reference**2).sum(axis=1) / 2 - (reference @ query.T)[:, 0]
@@ -155,13 +203,16 @@ def test_progress_counts_every_pair_once(rng, small_blocks):
     assert sum(seen) == 20 * 100 and len(seen) == 3 * 10
 
 
-@pytest.mark.parametrize("high", [1, 256], ids=["all equal", "random"])
-def test_stays_within_its_memory(rng, tmp_path, high):
+@pytest.mark.parametrize("kind", ["all equal", "random", "smooth"])
+def test_stays_within_its_memory(rng, tmp_path, kind):
     """A memory map eight times the bound, also where every pair is a tie; float32 would be 32x."""
     bound = 4 * 2**20
     paths = [tmp_path / "queries.npy", tmp_path / "reference.npy"]
     for path, n in zip(paths, (300, 8 * bound // 768), strict=True):
-        np.save(path, images(rng, n, (16, 16, 3), high=high))
+        made = images(rng, n, (16, 16, 3), high=1 if kind == "all equal" else 256)
+        if kind == "smooth":
+            made = made[:, ::8, ::8].repeat(8, axis=1).repeat(8, axis=2)
+        np.save(path, made)
     queries, reference = (np.load(path, mmap_mode="r") for path in paths)
     small = nearest(queries[:2], reference[:100])  # imports and caches
     result = 300 * 50 * (4 + 4)
@@ -170,7 +221,7 @@ def test_stays_within_its_memory(rng, tmp_path, high):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert reference.nbytes > 7 * bound
-    assert peak < bound + 3 * result
+    assert peak < bound + 2 * result
     assert len(small.index) == 2 and found.index.shape == (300, 50)
 
 

@@ -188,6 +188,7 @@ def test_kill_9_of_the_real_command(
     resumed = start("killed", "--resume")
     output, _ = resumed.communicate()
     assert resumed.returncode == 0, output
+    assert "<svg" in (checkpoint.parent / "training.svg").read_text()
     assert file_hash(checkpoint.parent / WEIGHTS) == file_hash(
         tmp_path / "whole" / "targets" / "mine" / "ddpm" / WEIGHTS
     )

@@ -1,4 +1,4 @@
-"""The figures of a board: SVG, the same bytes for the same records and the same matplotlib."""
+"""Figures of boards and trainings: SVG, the same bytes for the same data and matplotlib."""
 
 from __future__ import annotations
 
@@ -146,6 +146,32 @@ def draw_curves(panels: list[dict[str, Any]]) -> str:
     bands = plt.Line2D([], [], color=_HELDOUT, ls=":", label="calibrated bands")
     figure.legend(handles=[*lines, *styles, bands], loc="outside right upper", frameon=False)
     return _svg(figure, panels)
+
+
+def draw_training(curve: Sequence[dict[str, float]], title: str) -> str:
+    """Loss, distance to the nearest image, and memorised share over a training.
+
+    curve: one point per evaluation, as `membench.training.memorised_share` and the trainer give it.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9), layout="constrained")
+    steps = [point["step"] for point in curve]
+    axes[0].plot(steps, [point["loss"] for point in curve], ".-", color=_MEMBER)
+    axes[0].set_title(f"{_short(title)}: training loss", loc="left")
+    for axis, key, factor, text in (
+        (axes[1], "rmse", 1, "RMSE to the nearest image, median"),
+        (axes[2], "l2_ratio", 100, "d1/d2 < 1/3, % of samples"),
+    ):
+        for side, colour in (("members", _MEMBER), ("heldout", _HELDOUT)):
+            values = [factor * point[f"{key}_{side}"] for point in curve]
+            axis.plot(steps, values, ".-", color=colour, label=_SIDES[side].partition(" (")[0])
+        axis.set_title(text, loc="left")
+    axes[2].legend(frameon=False, loc="upper left")
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.set_ylim(bottom=0)
+        axis.grid(color=_LINE, lw=0.6)
+    return _svg(figure, [])
 
 
 def _short(text: str) -> str:

@@ -341,18 +341,46 @@ def _attack_part(rows: Sequence[Row]) -> list[str]:
         shared = set.intersection(*(set(accuracy) for accuracy in accuracies))
         if shared:
             found[row.label] = {t: sum(a[t] for a in accuracies) / len(accuracies) for t in shared}
+    parts = []
+    if found:
+        times = sorted({t for accuracy in found.values() for t in accuracy}, key=int)
+        body = [
+            [escaped(name), *(percent(accuracy.get(t), 0) for t in times)]
+            for name, accuracy in found.items()
+        ]
+        parts += [
+            "### The attacks' classifiers",
+            "Accuracy in percent on held-back synthetic images at timestep t of 1,000 (the higher, "
+            "the noisier): a weak attack may be a weak classifier.",
+            table(["method", *(f"t = {t}" for t in times)], body),
+        ]
+    return parts + _guidance_part(rows)
+
+
+def _guidance_part(rows: Sequence[Row]) -> list[str]:
+    """How hard each method pushes: ||guidance|| / ||eps||, by timestep."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        for scale in row.scales:
+            logs = [
+                (r.get("attack") or {}).get("guidance_ratio", {}).get(scale) for r in row.records
+            ]
+            kept = [log for log in logs if log]
+            if kept and all(log.keys() == kept[0].keys() for log in kept):
+                mean = {t: sum(log[t] for log in kept) / len(kept) for t in kept[0]}
+                found[row.label, scale] = mean
     if not found:
         return []
-    times = sorted({t for accuracy in found.values() for t in accuracy}, key=int)
+    times = sorted({t for ratios in found.values() for t in ratios}, key=int)
+    chosen = [times[round(q * (len(times) - 1))] for q in (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)]
     body = [
-        [escaped(name), *(percent(accuracy.get(t), 0) for t in times)]
-        for name, accuracy in found.items()
+        [escaped(name), scale, *(percent(ratios.get(t), 2) for t in chosen)]
+        for (name, scale), ratios in found.items()
     ]
     return [
-        "### The attacks' classifiers",
-        "Accuracy in percent on held-back synthetic images at timestep t of 1,000 (the noisier, "
-        "the higher): a weak attack may be a weak classifier.",
-        table(["method", *(f"t = {t}" for t in times)], body),
+        "### How strong the guidance was",
+        "Norm of the guidance in percent of the norm of eps, mean over images, at timestep t.",
+        table(["method", "scale", *(f"t = {t}" for t in chosen)], body),
     ]
 
 

@@ -169,6 +169,29 @@ def plan(stages: Iterable[Record]) -> RenderableType:
     return table
 
 
+def attack_lines(record: Record) -> list[str]:
+    """What tells a bad attack from a bad classifier: accuracy and strength by noise level."""
+    attack = record.get("attack") or {}
+    classifier = attack.get("classifier") or {}
+    lines = []
+    accuracy = classifier.get("accuracy_by_timestep")
+    if accuracy:
+        times = sorted(accuracy, key=int)
+        shown = ", ".join(f"{percent(accuracy[t], 0)} (t = {t})" for t in times)
+        lines.append(f"classifier right on held-back images, %: {shown}")
+    elif "accuracy" in classifier:
+        lines.append(
+            f"classifier right on held-back clean images: {percent(classifier['accuracy'])} %"
+        )
+    for scale, ratios in (attack.get("guidance_ratio") or {}).items():
+        if ratios:
+            times = sorted(ratios, key=int)
+            chosen = [times[round(q * (len(times) - 1))] for q in (0.1, 0.3, 0.5, 0.7, 0.9)]
+            shown = ", ".join(f"{percent(ratios[t], 2)} (t = {t})" for t in chosen)
+            lines.append(f"||guidance|| / ||eps|| at scale {scale}, %: {shown}")
+    return lines
+
+
 def report(record: Record) -> RenderableType:
     """Everything that ends a run: tables, costs and the reading; for `Console.print`."""
     average = record["scores"]["average"]
@@ -179,5 +202,6 @@ def report(record: Record) -> RenderableType:
     if ratio.get("members") is not None:
         members = with_interval(ratio["members"], ratio.get("members_interval"))
         lines += f"\nd1/d2 < 1/3: {members} % of images, false {percent(ratio['heldout'])} %"
+    lines = "\n".join([lines, *attack_lines(record)])
     parts += [Text(lines, style="dim"), cost_table(record), Text(reading(record), style="bold")]
     return Group(*(part for item in parts for part in (item, Text())))

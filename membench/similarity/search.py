@@ -172,7 +172,7 @@ class _Filter:
         self.a_squared = np.einsum("ij,ij->i", a, a, dtype=np.float64)
         self.a_norm = np.sqrt(self.a_squared)
         self.b_norm = 0.0  # largest |b| so far
-        self.products = np.empty((len(a), r_rows), np.float32)
+        self.products: NDArray[np.float32] = np.empty((len(a), r_rows), np.float32)
         n = a.shape[1] + 4
         self.gamma = n * _U / (1 - n * _U)
 
@@ -181,7 +181,8 @@ class _Filter:
         b = self._features(block)
         b_squared = np.einsum("ij,ij->i", b, b)
         self.b_norm = max(self.b_norm, math.sqrt(float(b_squared.max()) / (1 - self.gamma)))
-        ranks: Array = np.matmul(self.minus_a, b.T, out=self.products[:, : len(b)])
+        ranks = self.products[:, : len(b)]
+        np.matmul(self.minus_a, b.T, out=ranks)
         ranks += b_squared / 2
         return ranks
 
@@ -228,8 +229,9 @@ def _nearest_to_block(
     limit = np.full(n_queries, np.inf)  # no neighbour that is still missing has a larger true rank
     filter_ = _Filter(queries, centre, 2 if patches else 1, r_rows)
     if patches:
-        likely = _likely(_Filter(queries, centre, 4, r_rows), reference, k, r_rows)
-        farthest = _refine(likely, queries, reference).reshape(n_queries, k).max(axis=1)
+        likely = _likely(_Filter(queries, centre, 4, r_rows), reference, 2 * k, r_rows)
+        squared = np.sort(_refine(likely, queries, reference).reshape(n_queries, -1), axis=1)
+        farthest = squared[:, k - 1]
         limit = filter_.rank_of(farthest)
         rank = filter_.ranks(reference[:: -(-len(reference) // r_rows)])
         if np.count_nonzero(rank <= limit[:, None]) > _USEFUL * rank.size:
@@ -269,8 +271,9 @@ def _nearest_to_block(
 
 
 def _likely(filter_: _Filter, reference: Array, k: int, r_rows: int) -> _Candidates:
-    """k references of each query with the lowest computed rank: a guess, to bound distances by."""
+    """The k lowest computed ranks of each query: a guess, whose distances bound the true ones."""
     n_queries = len(filter_.minus_a)
+    k = min(k, len(reference))
     found = _Candidates.none()
     cutoff = np.full(n_queries, np.inf, np.float32)
     for start in range(0, len(reference), r_rows):
@@ -281,7 +284,7 @@ def _likely(filter_: _Filter, reference: Array, k: int, r_rows: int) -> _Candida
             near = rank <= cutoff[:, None]
         found += _Candidates.where(near, rank, start)
         last = start + r_rows >= len(reference)
-        if last or len(found) > _PENDING * k * n_queries:
+        if last or len(found) > _PENDING // 2 * k * n_queries:
             found = found.by_rank()
             found = found[found.first(k, n_queries)]
             if len(found) == k * n_queries:
