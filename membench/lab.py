@@ -465,7 +465,8 @@ class Lab:
 
         def make(folder: Path, work: Work) -> None:
             images = queries()
-            with self.progress(title, 2 * len(images), "searches") as advance:
+            pairs = len(images) * (len(self.dataset.members) + len(self.dataset.heldout_twin))
+            with self.progress(title, pairs, "pairs") as advance:
                 found = match(
                     images,
                     self.dataset.members.images,

@@ -92,15 +92,15 @@ def patches(monkeypatch):
 
 
 @pytest.mark.parametrize("k", [1, 3, 50])
-@pytest.mark.parametrize("useful", [1, 0], ids=["patches", "patches given up"])
+@pytest.mark.parametrize("useful", [1, -1], ids=["patches", "patches given up"])
 def test_smooth_images_equal_brute_force(rng, small_blocks, patches, monkeypatch, k, useful):
     monkeypatch.setattr(search, "_USEFUL", useful)
     assert_exact(smooth(rng, 20), smooth(rng, 200), k)
-    assert patches[-1] == (2 if useful else 1)
+    assert patches[-1] == (2 if useful > 0 else 1)
 
 
 def test_patches_that_keep_too_many(rng, small_blocks, patches, monkeypatch):
-    """References that differ within their patches only: all survive the filter, then are refined."""
+    """References that differ within their patches only: all survive the filter and are refined."""
     monkeypatch.setattr(search, "_USEFUL", 1)
     base = smooth(rng, 2, 0)
     reference = base.repeat(300, axis=0) + rng.integers(0, 2, (600, 8, 8, 3)).astype(np.uint8)
@@ -138,6 +138,12 @@ def test_near_ties_that_the_margin_cannot_tell_apart(rng, small_blocks, monkeypa
     queries = images(rng, 5, (3072,), 0, 2)
     assert_exact(queries, reference, 3)
     assert len(settled) > 1, "the path under test was not taken"
+
+
+def test_a_later_reference_nearer_by_one_unit(small_blocks):
+    """After more ties than are kept, the limit is the k-th squared distance minus one, no less."""
+    reference = np.array([[2, 1]] * 60 + [[2, 0]] + [[2, 1]] * 20, np.uint8)
+    assert_exact(np.zeros((3, 2), np.uint8), reference, 1)
 
 
 def test_the_filter_alone_is_not_exact(rng):

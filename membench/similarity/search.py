@@ -48,7 +48,7 @@ _PENDING = 12  # candidates kept per query, in multiples of k, before they are p
 _SMOOTH = 0.9  # share of the squared distance that patches must keep to be worth a try
 _USEFUL = 1 / 32  # share of pairs left to refine beyond which patches cost more than they save
 _REFINED = 64  # pairs refined at a time: their rows stay in the cache
-_PAIR_BYTES = 48  # working memory of one pair of a tile, if every pair survives
+_PAIR_BYTES = 52  # working memory of one pair of a tile, if every pair survives
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class _Filter:
         b = self._features(block)
         b_squared = np.einsum("ij,ij->i", b, b)
         self.b_norm = max(self.b_norm, math.sqrt(float(b_squared.max()) / (1 - self.gamma)))
-        ranks = self.products[:, : len(b)]
+        ranks: NDArray[np.float32] = self.products[:, : len(b)]
         np.matmul(self.minus_a, b.T, out=ranks)
         ranks += b_squared / 2
         return ranks
@@ -293,7 +293,7 @@ def _likely(filter_: _Filter, reference: Array, k: int, r_rows: int) -> _Candida
 
 
 def _prune(found: _Candidates, k: int, margin: Array) -> tuple[_Candidates, Array]:
-    """Drops what cannot be among the k nearest, by computed ranks; an upper bound of the k-th [Q]."""
+    """Drops what cannot be among the k nearest, by computed ranks; upper bounds of the k-th [Q]."""
     found = found.by_rank()
     first = found.first(k, len(margin))
     if len(first) < k * len(margin):
@@ -368,7 +368,7 @@ def _centre(reference: Array) -> tuple[Array, bool]:
     return centre, kept >= _SMOOTH * total
 
 
-def _float32_above(x: NDArray[np.float64]) -> NDArray[np.float32]:
+def _float32_above(x: Array) -> NDArray[np.float32]:
     """Float32 numbers that are not below x."""
     return np.nextafter(x.astype(np.float32), np.float32(np.inf))
 

@@ -66,6 +66,7 @@ def unit(x):
     return rows
 
 
+@pytest.mark.benchmark(timer=time.process_time)
 def test_search(benchmark, data):
     name, queries, reference = data
     a, b = unit(queries), unit(reference)
