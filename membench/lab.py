@@ -7,6 +7,7 @@ two methods that ask for the same thing share it.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -31,7 +32,15 @@ from membench.similarity.matches import Matches, match
 from membench.specs import Sampling
 from membench.store import PARTS, Artifact, Store, Work
 
-SAMPLER_VERSION = 1
+VERSIONS = {
+    "sampler": 1,
+    "guidance": 1,
+    "classifier": 1,
+    "labels": 1,
+    "descriptors": 1,
+    "search": 1,
+}
+"""Of the code behind each kind of artifact: raise one when its results change."""
 IMAGES, LABELS, REPORT = "images.npy", "labels.npy", "report.json"
 CLASSIFIER, CHECKPOINT = "classifier.safetensors", "checkpoint.pt"
 Place = Literal["x_t", "x_0"]
@@ -124,13 +133,14 @@ class Lab:
             surrogate = None
         identity = {
             "target": self.target.identity,
-            "sampler": {"name": "ddim", "version": SAMPLER_VERSION} | sampling.identity(),
+            "sampler": {"name": "ddim", "version": VERSIONS["sampler"]} | sampling.identity(),
             "count": count,
             "seed": seed,
-            "compute": self._compute(),
+            "compute": self.compute(),
         }
         if surrogate is not None:
             identity["guidance"] = surrogate.identity() | {
+                "version": VERSIONS["guidance"],
                 "scale": guidance_scale,
                 "label": "uniform" if label is None else label,
             }
@@ -253,12 +263,13 @@ class Lab:
         card = self.dataset.card
         images = getattr(self.dataset, split)
         identity = {
+            "version": VERSIONS["classifier"],
             "images": getattr(card.splits, split).images_sha256,
             "labels": getattr(card.splits, split).labels_sha256,
             "network": card.attack.network.identity(),
             "training": card.attack.label_classifier.identity(),
             "seed": self.seed,
-            "compute": self._compute(),
+            "compute": self.compute(),
         }
 
         def make(folder: Path, work: Work) -> None:
@@ -294,7 +305,11 @@ class Lab:
             summary = {key: network.report[key] for key in ("accuracy", "chance", "best_step")}
             write_json(folder / REPORT, {"n_labels": network.n_labels, classifier.title: summary})
 
-        identity = {"labels": "probabilities", "compute": self._compute()}
+        identity = {
+            "labels": "probabilities",
+            "version": VERSIONS["labels"],
+            "compute": self.compute(),
+        }
         return Artifact(
             "labels", "pseudo-labels", identity, make, _load_labels, (images, classifier)
         )
@@ -309,7 +324,8 @@ class Lab:
         def load(folder: Path) -> np.ndarray:
             return np.load(folder / "descriptors.npy", mmap_mode="r")
 
-        return Artifact("descriptors", f"descriptors {name}", {"name": name}, make, load, (images,))
+        identity = {"name": name, "version": VERSIONS["descriptors"]}
+        return Artifact("descriptors", f"descriptors {name}", identity, make, load, (images,))
 
     def clusters(
         self,
@@ -328,6 +344,7 @@ class Lab:
         descriptors = self.descriptors(images, name)
         identity = {
             "labels": "clusters",
+            "version": VERSIONS["labels"],
             "n_clusters": n_clusters,
             "min_cohesion": min_cohesion,
             "seed": self.seed,
@@ -356,10 +373,12 @@ class Lab:
     ) -> Artifact[Labels]:
         """Labels by a function of your own: uint8 [N, H, W, C] -> int [N] or float [N, K].
 
-        Raise `version` when the function's results change; `settings` go to it as arguments.
+        The function's source is part of the identity; raise `version` when something it calls
+        changes. `settings` go to it as arguments.
         """
         identity = {
-            "labels": f"{function.__module__}.{function.__qualname__}",
+            "labels": function.__qualname__,
+            "source_sha256": content_hash(inspect.getsource(function)),
             "version": version,
             "settings": settings,
         }
@@ -382,11 +401,12 @@ class Lab:
         training = card.attack.time_classifier
         identity = {
             "timed": True,
+            "version": VERSIONS["classifier"],
             "network": card.attack.network.identity(),
             "training": training.identity(),
             "abar": content_hash(self.target.abar),
             "seed": self.seed,
-            "compute": self._compute(),
+            "compute": self.compute(),
         }
 
         def make(folder: Path, work: Work) -> None:
@@ -456,6 +476,7 @@ class Lab:
         card = self.dataset.card
         neighbours = card.similarity.neighbours
         identity = identity | {
+            "version": VERSIONS["search"],
             "similarity": card.similarity.name,
             "neighbours": neighbours,
             "members": card.splits.members.images_sha256,
@@ -487,7 +508,7 @@ class Lab:
 
     # -- help -----------------------------------------------------------------------------------
 
-    def _compute(self) -> dict[str, str]:
+    def compute(self) -> dict[str, str]:
         """Where the arithmetic happens: kinds of device round differently."""
         return {"device": torch.device(self.device).type, "dtype": "float32"}
 

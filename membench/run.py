@@ -74,7 +74,7 @@ class Cell:
                 "revision": self.card.revision,
                 "splits": self.card.splits.identity(),
             },
-            "target": {"name": self.spec.target} | self.lab.target.identity,
+            "target": {"name": self.lab.target.name} | self.lab.target.identity,
             "method": {
                 "name": self.method.name,
                 "version": self.method.version,
@@ -89,6 +89,8 @@ class Cell:
             "sampling": spec["sampling"],
             "shape": list(self.card.images.shape),
             "similarity": self.card.similarity.identity(),
+            "attack": self.card.attack.identity(),
+            "compute": self.lab.compute(),
             "metrics": dict(METRIC_VERSIONS),
             "artifacts": {f"{scale:g}": images.key for scale, images in self.images.items()},
         }
@@ -100,7 +102,7 @@ class Cell:
     @property
     def folder(self) -> Path:
         """Where the record goes: named for people, told apart by the record's id."""
-        target = self.spec.target.replace(":", "-").replace("/", "-")
+        target = self.lab.target.name.replace(":", "-").replace("/", "-")
         name = f"{self.method.name}-seed{self.spec.seed}-{self.id[:12]}"
         return self.lab.store.root / "runs" / self.card.name / target / name
 
@@ -191,6 +193,8 @@ def prepare(
     except ValidationError as error:
         raise MembenchError(explain(error)) from None
     keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what the record says
+    torch.backends.cudnn.deterministic = True
     model = resolve_target(spec.target, card, data, registry, results, spec.device)
     try:
         ddim_times(spec.sampling.steps, len(model.abar))
@@ -234,7 +238,8 @@ def run(cell: Cell) -> dict[str, Any]:
     generated = {scale: store.get(images) for scale, images in cell.images.items()}
     matches = {scale: store.get(found) for scale, found in cell.matches.items()}
     null = store.get(cell.null)
-    calibration = calibrate_from(null, cell.card.similarity, prod(cell.card.images.shape))
+    pixels = prod(cell.card.images.shape)
+    calibration = calibrate_from(null, cell.card.similarity, pixels)
     scores = score_all(matches, calibration, cell.card.similarity)
     attack = _attack(cell, generated)
 
@@ -258,14 +263,15 @@ def run(cell: Cell) -> dict[str, Any]:
             "limited_by": limits,
             "identity": cell.identity,
             "calibration": calibration.to_dict(),
-            "null": fixed_band_rates(null, cell.card.similarity),
+            "null": fixed_band_rates(null, cell.card.similarity, pixels),
             "scores": scores,
             "attack": attack,
             "files": files,
         }
         record = json.loads(canonical_json(record))  # as it will be read: lists, no tuples
         record["results_sha256"] = content_hash(record)
-        record["cost"] = _cost(list(store.stages.values()))
+        needed = {stage.key for stage in cell.plan()}
+        record["cost"] = _cost([s for s in store.stages.values() if s.key in needed])
         record["provenance"] = _provenance(cell, started)
         if cell.card.show_images:
             contact_sheet(
@@ -302,7 +308,7 @@ def _attack(cell: Cell, generated: Mapping[float, Generated]) -> dict[str, Any]:
         "surrogate": None if cell.surrogate is None else cell.surrogate.title,
         "guidance_ratio": {f"{s:g}": images.report for s, images in generated.items()},
     }
-    if cell.surrogate is not None:
+    if cell.surrogate is not None and any(scale > 0 for scale in cell.images):
         attack["classifier"] = cell.lab.store.get(cell.surrogate.classifier).report
     return attack
 

@@ -26,16 +26,24 @@ def calibrate_from(null: Matches, similarity: Similarity, pixels: int) -> Calibr
         null.members,
         null.n_members,
         rates=similarity.false_match_rates.model_dump(),
-        copy_distance=similarity.near_duplicate_rmse * pixels**0.5,
+        copy_distance=copy_distance(similarity, pixels),
     )
 
 
-def fixed_band_rates(null: Matches, similarity: Similarity) -> dict[str, Any]:
+def copy_distance(similarity: Similarity, pixels: int) -> float:
+    """The card's RMSE of a near-duplicate as an L2 distance."""
+    return similarity.near_duplicate_rmse * pixels**0.5
+
+
+def fixed_band_rates(null: Matches, similarity: Similarity, pixels: int) -> dict[str, Any]:
     """How often real held-out images, whom nobody trained on, reach the papers' fixed bands.
+
+    The images are those that calibrate: without near-duplicates of members.
 
     {mode: {level: {"upper", "rate", "interval"}}} for every mode of the card but the calibrated.
     """
-    best = nl2(null.members.distance)[:, 0]
+    keep = null.members.distance[:, 0] > copy_distance(similarity, pixels)
+    best = nl2(null.members.distance[keep])[:, 0]
     rates: dict[str, Any] = {}
     for mode in similarity.band_modes:
         if mode == "calibrated":

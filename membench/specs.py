@@ -137,7 +137,7 @@ class Training(Spec):
     """
 
     steps: int = Field(gt=0)
-    stop_at: int | None = None
+    stop_at: int | None = Field(default=None, gt=0)
     batch_size: int = Field(default=64, gt=0)
     learning_rate: float = Field(gt=0)
     final_learning_rate: float = Field(default=0.0, ge=0)
@@ -210,7 +210,7 @@ class DataCard(Spec):
         for name, target in targets.items():
             if isinstance(target, dict) and "extends" in target:
                 base = targets.get(target["extends"])
-                if base is None or "extends" in base:
+                if not isinstance(base, dict) or "extends" in base:
                     raise ValueError(
                         f"targets.{name}.extends: no plain target named {target['extends']!r}"
                     )
@@ -249,9 +249,9 @@ def load_card(path: Path) -> DataCard:
     try:
         with open(path, "rb") as stream:
             card = DataCard.model_validate(tomllib.load(stream))
-    except FileNotFoundError:
-        raise MembenchError(f"{path}: no such data card") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise MembenchError(f"{path}: data card cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise MembenchError(f"{path}: not valid TOML: {error}") from None
     except ValidationError as error:
         raise MembenchError(f"{path}: {explain(error)}") from None
@@ -280,6 +280,8 @@ class RunSpec(Spec):
     def _scales_make_sense(self) -> RunSpec:
         if not self.guidance_scales or any(not 0 <= s < float("inf") for s in self.guidance_scales):
             raise ValueError("guidance_scales: expected one or more finite numbers >= 0")
+        if any(float(f"{s:g}") != s for s in self.guidance_scales):
+            raise ValueError("guidance_scales: at most six digits")
         if len(set(self.guidance_scales)) < len(self.guidance_scales):
             raise ValueError("guidance_scales: a scale is named twice")
         return self

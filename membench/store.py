@@ -95,11 +95,13 @@ class Store:
         if artifact.key not in self.stages:
             work = Work(**self.check(folder)["work"])
             self.stages[artifact.key] = Stage(artifact.title, artifact.key, cached, work)
+            self._tidy(folder)
         return artifact.load(folder)
 
     def _make(self, artifact: Artifact[Any], folder: Path) -> None:
         partial = folder.with_suffix(".partial")
         (partial / PARTS).mkdir(parents=True, exist_ok=True)
+        (partial / MANIFEST).unlink(missing_ok=True)  # of a process killed before its rename
         work = Work()
         started = time.monotonic()
         artifact.make(partial, work)
@@ -118,7 +120,11 @@ class Store:
         }
         write_json(partial / MANIFEST, manifest)
         partial.rename(folder)
-        shutil.rmtree(folder / PARTS)
+
+    def _tidy(self, folder: Path) -> None:
+        """Remove the parts of an artifact that is whole."""
+        if (folder / PARTS).is_dir():
+            shutil.rmtree(folder / PARTS, ignore_errors=True)
 
     def check(self, folder: Path) -> dict[str, Any]:
         """The manifest of a finished artifact, after comparing every file with its hash."""

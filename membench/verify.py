@@ -52,9 +52,10 @@ def verify(path: Path) -> dict[str, Any]:
         if len(found.members.distance) != count:
             raise MembenchError(f"{folder}: matches-{scale:g}.npz: not {count} images")
     null = _load(folder / NULL, record)
-    calibration = calibrate_from(null, similarity, prod(identity["shape"]))
+    pixels = prod(identity["shape"])
+    calibration = calibrate_from(null, similarity, pixels)
     _compare(path, "calibration", record["calibration"], calibration.to_dict())
-    _compare(path, "null", record["null"], fixed_band_rates(null, similarity))
+    _compare(path, "null", record["null"], fixed_band_rates(null, similarity, pixels))
     _compare(path, "scores", record["scores"], score_all(matches, calibration, similarity))
     hashed = {key: value for key, value in record.items() if key not in UNHASHED}
     if content_hash(hashed) != record["results_sha256"]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
+from threadpoolctl import threadpool_limits
 
 from membench.diffusion.sampler import from_uint8
 from membench.errors import MembenchError
@@ -44,7 +45,7 @@ def describe(images: np.ndarray, name: str) -> np.ndarray:
         raw = pooled.flatten(1).double().numpy()
     else:
         pixels = from_uint8(images).flatten(1).double().numpy()
-        pca = PCA(min(DIRECTIONS, *pixels.shape), random_state=0)
+        pca = PCA(min(DIRECTIONS, *pixels.shape), svd_solver="full")
         coordinates = pca.fit_transform(pixels)
         held = np.cumsum(pca.explained_variance_ratio_)
         raw = coordinates[:, : int(np.searchsorted(held, VARIANCE)) + 1]
@@ -65,13 +66,19 @@ def cluster(
     cosine). Raises `MembenchError` when there are too few images or no cluster is kept.
     """
     count = len(descriptors)
+    if n_clusters < 2 or not 0 <= min_cohesion <= 1:
+        raise MembenchError(
+            f"clusters: n_clusters={n_clusters}, min_cohesion={min_cohesion}; expected at least 2 "
+            "clusters and a cohesion from 0 to 1"
+        )
     if count < IMAGES_PER_CLUSTER * n_clusters:
         raise MembenchError(
             f"clusters: {count} images are too few for {n_clusters} clusters; "
             f"take at least {IMAGES_PER_CLUSTER * n_clusters}"
         )
     descriptors = np.asarray(descriptors, dtype=np.float64)
-    found = KMeans(n_clusters, n_init=4, random_state=seed % 2**32).fit(descriptors)
+    with threadpool_limits(1):  # sums of several threads depend on who comes first
+        found = KMeans(n_clusters, n_init=4, random_state=seed % 2**32).fit(descriptors)
     centroids = _normalised(found.cluster_centers_)
     first = found.labels_
     sizes = np.bincount(first, minlength=n_clusters)

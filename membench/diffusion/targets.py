@@ -250,6 +250,7 @@ class OracleTarget:
         }
         self.identity: dict[str, Any] = {
             "kind": ORACLE,
+            "version": 1,
             "rate": rate,
             "kernel": kernel,
             "members_images_sha256": card.splits.members.images_sha256,
