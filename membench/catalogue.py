@@ -120,6 +120,8 @@ def describe(registry: Registry, name: str) -> dict[str, Any]:
     dataset, slash, target = name.partition("/")
     if slash and dataset in registry.datasets:
         card_ = registry.card(dataset)
+        if target.startswith("oracle:"):
+            return next(row for row in _target_rows(card_) if "oracle:" in row["name"])
         if target not in card_.targets:
             raise unknown(f"target of {dataset}", target, card_.targets)
         recipe = card_.targets[target].model_dump(mode="json")

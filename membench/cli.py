@@ -173,8 +173,8 @@ def run(
     registry.method(method), registry.card(dataset)  # a wrong name answers before torch is loaded
     scales, changes = _scales(guidance_scale), _settings(settings)
     from membench import run as engine
+    from membench.record import RECORD, SHEET
     from membench.report import table
-    from membench.scoring import RECORD, SHEET
 
     console = Console(stderr=as_json)
     cell = engine.prepare(
@@ -209,9 +209,9 @@ def run(
         print(json.dumps(record, indent=1))
     else:
         console.print(table.report(record))
-        console.print(f"record  {cell.folder / RECORD}", soft_wrap=True, highlight=False)
+        print(f"record  {cell.folder / RECORD}")
         if (cell.folder / SHEET).is_file():
-            console.print(f"picture {cell.folder / SHEET}", soft_wrap=True, highlight=False)
+            print(f"picture {cell.folder / SHEET}")
 
 
 def _scales(text: str | None) -> tuple[float, ...] | None:

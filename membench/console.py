@@ -42,7 +42,7 @@ class Stages:
             yield from self._line(title, total, unit)
             return
         columns = (
-            TextColumn("{task.description:<27}"),
+            TextColumn("{task.description:<27}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             _Rate(),
@@ -59,4 +59,5 @@ class Stages:
         yield lambda n: None
         if not self.quiet:
             seconds = time.monotonic() - started
-            self.console.print(f"{title}: {total} {unit} in {seconds:.1f} s", highlight=False)
+            line = f"{title}: {total:,} {unit} in {seconds:.1f} s"
+            self.console.print(line, highlight=False, markup=False)

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,11 @@ def locked(path: Path) -> Iterator[None]:
     """Hold an advisory lock on `path`; waits for whoever holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"membench: waiting for another process to finish {path.stem}", file=sys.stderr)
+            fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 
@@ -50,6 +55,7 @@ def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with open(partial, "rb") as stream:
             os.fsync(stream.fileno())
         partial.replace(path)
+        partial.unlink(missing_ok=True)  # left where both were links to one file
     except BaseException as error:
         full = shutil.disk_usage(path.parent).free < 1 << 20
         partial.unlink(missing_ok=True)
@@ -71,8 +77,8 @@ def read_json(path: Path) -> Any:
         raise MembenchError(f"{path}: no such file") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise MembenchError(f"{path}: truncated or not JSON ({error})") from None
-    except IsADirectoryError:
-        raise MembenchError(f"{path}: is a folder, expected a JSON file") from None
+    except OSError as error:
+        raise MembenchError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def write_array(path: Path, array: np.ndarray) -> None:

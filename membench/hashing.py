@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,3 @@ def array_hash(array: np.ndarray) -> str:
 def derive_seed(*parts: Any) -> int:
     """A 63-bit seed from anything JSON-able: `derive_seed(0, "image", 17)`."""
     return int(content_hash(list(parts))[:16], 16) >> 1
-
-
-def short(identity: Mapping[str, Any] | str) -> str:
-    """The first 12 digits of a hash: enough for a folder's name."""
-    return (identity if isinstance(identity, str) else content_hash(identity))[:12]

@@ -310,9 +310,9 @@ class Lab:
             "version": VERSIONS["labels"],
             "compute": self.compute(),
         }
-        return Artifact(
-            "labels", "pseudo-labels", identity, make, _load_labels, (images, classifier)
-        )
+        planned = Work(classifier_calls=self.dataset.card.attack.synthetic_images)
+        inputs = (images, classifier)
+        return Artifact("labels", "pseudo-labels", identity, make, _load_labels, inputs, planned)
 
     def descriptors(self, images: Artifact[Generated], name: str) -> Artifact[np.ndarray]:
         """Descriptors of images (`membench.diffusion.clusters.describe`): float64 [N, D]."""

@@ -18,6 +18,7 @@ are needed, once for all methods that ask for the same. `None` means plain sampl
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,10 @@ def _parse(name: str, text: str, default: Any) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
-        return text if default is None else kind(text)
+        value = text if default is None else kind(text)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError
+        return value
     except (KeyError, ValueError):
         raise MembenchError(f"{name}: {text!r}, expected {kind.__name__}") from None
 

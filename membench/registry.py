@@ -152,9 +152,12 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> MembenchError:
 
 def _load_method(source: Source) -> Method | Broken:
     try:
-        loaded = _import(source)
+        return _described(source, _import(source))
     except (Exception, SystemExit) as error:  # a plugin may fail in any way at all
         return Broken(source.name, source.origin, f"{type(error).__name__}: {error}")
+
+
+def _described(source: Source, loaded: Any) -> Method | Broken:
     methods = [loaded] if isinstance(loaded, Method) else _methods_of(loaded)
     if len(methods) != 1:
         reason = f"expected one function under @extraction, found {len(methods)}"

@@ -30,18 +30,11 @@ from membench.hashing import canonical_json, content_hash, file_hash
 from membench.lab import IMAGES, Generated, Lab, Progress, Surrogate
 from membench.metrics import METRIC_VERSIONS
 from membench.plugins import Method
+from membench.record import NULL, RECORD, SCHEMA, SHEET, seal
 from membench.registry import Registry, unknown
 from membench.report import table
 from membench.report.contact_sheet import contact_sheet
-from membench.scoring import (
-    NULL,
-    RECORD,
-    SCHEMA,
-    SHEET,
-    calibrate_from,
-    fixed_band_rates,
-    score_all,
-)
+from membench.scoring import calibrate_from, fixed_band_rates, score_all
 from membench.similarity.matches import Matches
 from membench.specs import DataCard, RunSpec, Sampling, explain
 from membench.store import Artifact, Stage, Store
@@ -115,6 +108,8 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if torch.device(name).type not in ("cpu", "cuda", "mps"):
+            raise ValueError(name)
         torch.empty(1, device=torch.device(name))
     except Exception:
         count = torch.cuda.device_count()
@@ -126,7 +121,7 @@ def resolve_device(name: str) -> str:
 def resolve_target(
     name: str, card: DataCard, dataset: Dataset, registry: Registry, results: Path, device: str
 ) -> Target:
-    """A target by name: `oracle:RATE`, one of the card's, or a folder that `train` wrote.
+    """A target by name: `oracle:RATE`, or one of the card's.
 
     Weights of a card's target are the shipped ones if the card names them, else those that
     `membench train` left in the results folder.
@@ -269,7 +264,7 @@ def run(cell: Cell) -> dict[str, Any]:
             "files": files,
         }
         record = json.loads(canonical_json(record))  # as it will be read: lists, no tuples
-        record["results_sha256"] = content_hash(record)
+        record["results_sha256"] = seal(record)
         needed = {stage.key for stage in cell.plan()}
         record["cost"] = _cost([s for s in store.stages.values() if s.key in needed])
         record["provenance"] = _provenance(cell, started)

@@ -12,10 +12,6 @@ from membench.metrics.scores import average, score
 from membench.similarity.matches import Matches, nl2
 from membench.specs import Similarity
 
-SCHEMA = 1
-"""Version of the record's layout."""
-RECORD, SHEET, NULL = "record.json", "contact_sheet.png", "matches-heldout.npz"
-
 
 def calibrate_from(null: Matches, similarity: Similarity, pixels: int) -> Calibration:
     """Thresholds from the nearest members of real held-out images, near-duplicates left out.

@@ -63,7 +63,7 @@ def train_target(
     folder = results / "targets" / card.name / name
     console = Console()
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.4f}"),
@@ -115,5 +115,13 @@ def train_target(
         f"SHA-256 {log['weights_sha256']}, {log['seconds']:.0f} s of training",
         highlight=False,
         soft_wrap=True,
+        markup=False,
     )
+    if recipe.weights is not None:
+        console.print(
+            f"note: `membench run` attacks the shipped weights of {name}, not these; a card of "
+            "your own without `weights` uses what you trained",
+            highlight=False,
+            markup=False,
+        )
     return folder

@@ -83,7 +83,7 @@ assert "fashion_mini" in found.datasets and "random" in found.methods
 def test_every_package_is_listed() -> None:
     listed = set(project()["tool"]["setuptools"]["packages"])
     folders = {Path(file).parent for file in files("membench") if file.endswith(".py")}
-    ours = {".".join(folder.parts) for folder in folders if folder.name != "templates"}
+    ours = {".".join(folder.parts) for folder in folders}
     assert ours == {name for name in listed if name.split(".")[0] == "membench"}
 
 

@@ -79,6 +79,11 @@ def test_a_collision_names_both_origins(tmp_path: Path) -> None:
         ("def broken(:", "SyntaxError"),
         ("raise SystemExit(3)", "SystemExit: 3"),
         ("x = 1", "expected one function under @extraction, found 0"),
+        (
+            "from membench.plugins import extraction\n"
+            "@extraction(title='t', paper='p')\nclass A:\n    pass",
+            "AttributeError",
+        ),
     ],
 )
 def test_a_broken_plugin_harms_nothing_else(tmp_path: Path, text: str, reason: str) -> None:

@@ -22,11 +22,11 @@ from membench.data.imageset import Dataset
 from membench.errors import MembenchError
 from membench.hashing import content_hash
 from membench.metrics.intervals import clopper_pearson
+from membench.record import RECORD, SHEET, seal
 from membench.registry import Registry
 from membench.run import Cell, prepare, run
-from membench.scoring import RECORD, SHEET
 from membench.store import PARTS
-from membench.verify import UNHASHED, verify
+from membench.verify import verify
 
 
 def oracle(registry: Registry, results: Path, rate: float, **options) -> Cell:
@@ -128,8 +128,7 @@ def test_verify_finds_any_change(registry: Registry, tmp_path: Path, path, messa
         record["attack"]["tampered"] = 1
     else:
         set_at(record, path, lambda value: value + 0.25 if isinstance(value, float) else value + 1)
-        hashed = {key: value for key, value in record.items() if key not in UNHASHED}
-        record["results_sha256"] = content_hash(hashed)
+        record["results_sha256"] = seal(record)
     (cell.folder / RECORD).write_text(json.dumps(record))
     with pytest.raises(MembenchError) as error:
         verify(cell.folder)
@@ -194,19 +193,21 @@ def test_kill_9_loses_at_most_a_batch(command: Command, tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     (partial,) = images.glob("*.partial")
-    finished = {path: path.stat().st_mtime_ns for path in partial.glob(f"{PARTS}/batch-*.npy")}
+    finished = sorted(partial.glob(f"{PARTS}/batch-*.json"))
     assert 3 <= len(finished) < 16
-    kept = {path.name: path.read_bytes() for path in finished}
+    # A second copy in which a finished batch is black: what was finished is not computed again.
+    shutil.copytree(tmp_path / "killed", tmp_path / "black")
+    black = tmp_path / "black" / finished[0].relative_to(tmp_path / "killed").with_suffix(".npy")
+    np.save(black, np.zeros_like(np.load(black)))
 
     resumed = json.loads(command(*line, "--results", "killed").stdout)
     assert resumed["results_sha256"] == whole["results_sha256"]
     assert resumed["cost"]["unet_calls"] == whole["cost"]["unet_calls"]
     assert not list(images.glob("*.partial"))
-    joined = np.load(next(images.glob("*/images.npy")))
-    for name in sorted(kept)[:3]:  # what was finished before the kill is what is there now
-        start = int(name[6:12]) * 64
-        (tmp_path / name).write_bytes(kept[name])
-        assert np.array_equal(np.load(tmp_path / name), joined[start : start + 64])
+    command(*line, "--results", "black")
+    joined = np.load(next((tmp_path / "black" / "artifacts" / "images").glob("*/images.npy")))
+    assert not joined[:64].any()
+    assert joined[64:].any()
 
 
 def test_the_command_as_a_user_types_it(command: Command, tmp_path: Path) -> None:

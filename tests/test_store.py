@@ -90,6 +90,25 @@ def test_a_failure_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     assert attempts == [False, True], "the second attempt finds what the first had finished"
 
 
+def test_a_kill_before_the_last_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = number(8)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            Store(tmp_path).get(artifact)
+    assert not Store(tmp_path).has(artifact)
+    assert Store(tmp_path).get(artifact) == Store(tmp_path).get(artifact) == 8
+    names = {path.name for path in Store(tmp_path).folder(artifact).iterdir()}
+    assert names == {"artifact.json", "value.json"}
+
+
+def test_a_second_link_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("x")
+    for _ in range(2):
+        link_or_copy(tmp_path / "a", tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
 @pytest.mark.parametrize("damage", ["truncate", "delete", "change"])
 def test_damage_is_found_and_named(tmp_path: Path, damage: str) -> None:
     artifact = number(123456)

@@ -155,6 +155,7 @@ def test_kill_9_of_the_real_command(
     for old, new in (
         ('"fashion_mini"', '"mine"'),
         ("steps = 16000", "steps = 60"),
+        ("stop_at = 13000", "stop_at = 60"),
         ("stop_at = 6500", "stop_at = 30"),
         ("checkpoint_every = 250", "checkpoint_every = 10"),
         ("evaluate_every = 1000", "evaluate_every = 30"),

@@ -87,7 +87,7 @@ def _load_checkpoint(path: Path, identity: str, state: _State) -> None:
         raise MembenchError(
             f"{path}: damaged checkpoint ({type(error).__name__}); delete it to start anew"
         ) from None
-    if saved["identity"] != identity:
+    if saved.get("identity") != identity:
         raise MembenchError(f"{path}: of another recipe; delete it or choose another --results")
     state.network.load_state_dict(saved["network"])
     state.average.load_state_dict(saved["average"])

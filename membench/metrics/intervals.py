@@ -78,7 +78,8 @@ def unique_interval(unique: float, exclusive: NDArray[Any], limit: float) -> Int
     Leaving out image i loses a_i = exclusive[i] matches, so the jackknife variance is
     V = (Q - 1)/Q sum_i (a_i - mean a)^2: but for the factor (Q - 1)/Q it is not below the true one
     on average (Efron and Stein 1981) and, unlike the analytic variance of Colwell et al. 2012,
-    holds if an image matches many references at once. Score (Wilson) form, U + z^2/2 +- z sqrt(V + z^2/4), which keeps its width
+    holds if an image matches many references at once. Score (Wilson) form,
+    U + z^2/2 +- z sqrt(V + z^2/4), which keeps its width
     at U = 0; not beyond `limit`, the size of the reference.
     """
     half = _Z * np.sqrt(_jackknife(exclusive) + _Z**2 / 4)

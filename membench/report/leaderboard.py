@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from membench.errors import MembenchError
-from membench.files import write_json
+from membench.files import write_json, writing
 from membench.hashing import canonical_json
+from membench.record import read_record
 from membench.report import figures
 from membench.report.calibration import calibration_lines
 from membench.report.markdown import escaped, table
@@ -59,10 +61,17 @@ def add(record: Record, folder: Path) -> Path:
     identity = record["identity"]
     parts = (identity["target"]["name"], identity["method"]["name"], f"seed{identity['seed']}")
     name = "-".join("".join(c if c.isalnum() or c in "._" else "-" for c in part) for part in parts)
-    path = folder / RECORDS / identity["dataset"]["name"] / f"{name}-{record['id'][:12]}.json"
+    dataset = str(identity["dataset"]["name"])
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", dataset):
+        raise MembenchError(f"record {record['id'][:12]}: {dataset!r} is no name of a data set")
+    path = folder / RECORDS / dataset / f"{name}-{record['id'][:12]}.json"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, record)
+        with writing(path.parent):
+            write_json(path, record)
+    elif read_record(path)["results_sha256"] != record["results_sha256"]:
+        raise MembenchError(
+            f"{path}: the same run with other results; delete that file if the new ones are right"
+        )
     return path
 
 

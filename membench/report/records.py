@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from membench.errors import MembenchError
-from membench.hashing import canonical_json, content_hash
+from membench.hashing import canonical_json
+from membench.metrics.invariants import check_invariants
+from membench.record import read_record
 
 Record = Mapping[str, Any]
 
-SCHEMA = 1
 SIDES = ("members", "heldout", "excess")
 _APART = ("dataset", "target", "similarity", "metrics", "images_per_scale", "mitigation")
 _POOLED = ("seed", "attack_seed", "artifacts")
@@ -111,28 +112,6 @@ def pooled(parts: Iterable[tuple[float, Sequence[float] | None]]) -> Estimate:
     return Estimate(mean, lower, upper, min(values), max(values))
 
 
-def read_record(path: Path) -> Record:
-    """One record; a `MembenchError` names a file that is broken, edited or of another schema."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise MembenchError(
-            f"{path}: not a readable record ({error}); restore or delete it"
-        ) from None
-    if not isinstance(record, dict) or not {"schema", "id", "identity"} <= record.keys():
-        raise MembenchError(f"{path}: not a record of membench (no schema, id and identity)")
-    if record["schema"] != SCHEMA:
-        raise MembenchError(
-            f"{path}: schema {record['schema']!r}, this membench reads {SCHEMA}; run it again"
-        )
-    if record["id"] != content_hash(record["identity"]):
-        raise MembenchError(f"{path}: id is not the hash of its identity: the record was edited")
-    sealed = {k: v for k, v in record.items() if k not in ("results_sha256", "cost", "provenance")}
-    if record.get("results_sha256", content_hash(sealed)) != content_hash(sealed):
-        raise MembenchError(f"{path}: results differ from results_sha256: the record was edited")
-    return record
-
-
 def enters_board(record: Record) -> bool:
     """Whole, finished runs only: neither limited nor failed."""
     return not record.get("limited") and not record.get("error") and bool(record.get("scores"))
@@ -152,6 +131,10 @@ def load_records(folder: Path) -> dict[str, list[Record]]:
             dataset = record["identity"]["dataset"]["name"]
             if enters_board(record):
                 _check_layout(record)
+            for scores in (record["scores"]["average"], *record["scores"]["scales"].values()):
+                check_invariants(scores)
+        except MembenchError as error:
+            raise MembenchError(f"{path}: {error}") from None
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise MembenchError(f"{path}: not a whole record ({error!r})") from None
         if dataset != path.parent.name:
@@ -190,10 +173,25 @@ def sections(records: Iterable[Record]) -> list[Section]:
         groups.setdefault(apart, {}).setdefault(alike, []).append(record)
     found = []
     for apart, methods in groups.items():
+        for group in methods.values():
+            _refuse_twins(group)
         runs = [tuple(sorted(group, key=_by_seed)) for _, group in sorted(methods.items())]
         rows = tuple(Row(_label(group, runs), group) for group in runs)
         found.append(Section(json.loads(apart), tuple(sorted(rows, key=lambda row: row.label))))
     return sorted(found, key=lambda s: (s.target, canonical_json(s.identity)))
+
+
+def _refuse_twins(group: Sequence[Record]) -> None:
+    """Two records of one seed in one row would count the same images twice."""
+    seen: dict[tuple[int, int], str] = {}
+    for record in group:
+        seeds = (record["identity"]["seed"], record["identity"].get("attack_seed", 0))
+        if seeds in seen:
+            raise MembenchError(
+                f"records {seen[seeds][:12]} and {record['id'][:12]} are of one method, target and "
+                "seed, but were made by other code or data: delete the older one"
+            )
+        seen[seeds] = record["id"]
 
 
 def _by_seed(record: Record) -> tuple[int, str]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from membench.errors import MembenchError
+from membench.files import replace_atomically
 from membench.similarity.search import Neighbours, nearest
 
 ALPHA = 0.5
@@ -121,24 +122,19 @@ class Matches:
         for name, side, size in self._sides():
             contents |= {f"{name}_distance": side.distance, f"{name}_index": side.index}
             contents[f"n_{name}"] = size
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                    for name in sorted(contents):
-                        array = np.asarray(contents[name])
-                        array = array.astype(array.dtype.newbyteorder("<"), order="C")
-                        entry = io.BytesIO()
-                        np.lib.format.write_array(entry, array, version=(1, 0), allow_pickle=False)
-                        info = zipfile.ZipInfo(f"{name}.npy", date_time=_EPOCH)
-                        info.create_system = 3
-                        archive.writestr(info, entry.getvalue())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+
+        def write(partial: Path) -> None:
+            with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+                for name in sorted(contents):
+                    array = np.asarray(contents[name])
+                    array = array.astype(array.dtype.newbyteorder("<"), order="C")
+                    entry = io.BytesIO()
+                    np.lib.format.write_array(entry, array, version=(1, 0), allow_pickle=False)
+                    info = zipfile.ZipInfo(f"{name}.npy", date_time=_EPOCH)
+                    info.create_system = 3
+                    archive.writestr(info, entry.getvalue())
+
+        replace_atomically(path, write)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Matches:

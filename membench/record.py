@@ -1,0 +1,48 @@
+"""A record on disk: the names of its files, how it is sealed, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from membench.errors import MembenchError
+from membench.files import read_json
+from membench.hashing import content_hash
+
+SCHEMA = 1
+"""Version of the record's layout."""
+RECORD, SHEET, NULL = "record.json", "contact_sheet.png", "matches-heldout.npz"
+PARTS = ("identity", "calibration", "null", "scores", "attack", "files")
+UNSEALED = ("results_sha256", "cost", "provenance")
+"""What may differ between two computations of the same cell."""
+
+
+def seal(record: Mapping[str, Any]) -> str:
+    """`results_sha256`: the hash of everything in a record that must be the same every time."""
+    return content_hash({key: value for key, value in record.items() if key not in UNSEALED})
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record whose frame is sound; a `MembenchError` names what is missing or was edited.
+
+    The scores themselves are not recomputed: `membench.verify` does that.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict) or "schema" not in record:
+        raise MembenchError(f"{path}: not a record of membench (no schema)")
+    if record["schema"] != SCHEMA:
+        raise MembenchError(
+            f"{path}: schema {record['schema']!r}, this membench reads {SCHEMA}; run it again"
+        )
+    for part in ("id", "results_sha256", *PARTS):
+        if part not in record:
+            raise MembenchError(f"{path}: no {part!r}: not a whole record")
+    for part in PARTS:
+        if not isinstance(record[part], dict):
+            raise MembenchError(f"{path}: {part} is not an object")
+    if record["id"] != content_hash(record["identity"]):
+        raise MembenchError(f"{path}: id is not the hash of identity: the record was edited")
+    if record["results_sha256"] != seal(record):
+        raise MembenchError(f"{path}: results_sha256 is not the hash of the results: edited")
+    return record
