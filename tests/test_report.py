@@ -106,6 +106,7 @@ def make_record(
         | identity,
         "attack": {"surrogate": None, "classifier": {"accuracy_by_timestep": {"10": 0.9}}},
         "files": {},
+        "null": {},
         **copy.deepcopy(scored(rate, seed, scales)),
         "cost": {
             "stages": stages, "unet_calls": 108800, "classifier_calls": 6400, "seconds": 100.1,
@@ -288,6 +289,31 @@ def test_add_files_a_record_where_build_finds_it(tmp_path: Path) -> None:
     assert path.name == f"oracle-0.3-side_c-seed0-{record['id'][:12]}.json"
     assert load_records(tmp_path / "records") == {"toy": [record]}
     assert leaderboard.add(record, tmp_path) == path
+    other = copy.deepcopy(record)
+    other["attack"]["surrogate"] = "another"
+    with pytest.raises(MembenchError, match="the same run with other results"):
+        leaderboard.add(sealed(other), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden"])
+def test_add_refuses_names_that_leave_the_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(MembenchError, match="no name of a data set"):
+        leaderboard.add(make_record(dataset=name), tmp_path / "boards")
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_one_seed_twice_in_a_row_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, *(make_record(artifacts={"0.1": key}) for key in ("a", "b")))
+    with pytest.raises(MembenchError, match="delete the older one"):
+        leaderboard.build(tmp_path)
+
+
+def test_impossible_scores_are_refused(tmp_path: Path) -> None:
+    record = make_record()
+    record["scores"]["average"]["bands"]["calibrated"]["mid"]["members"]["ams"] = 1.5
+    put(tmp_path, sealed(record))
+    with pytest.raises(MembenchError, match=r"\.json: .*ams"):
+        leaderboard.build(tmp_path)
 
 
 def test_check_names_the_stale_file(boards: Path) -> None:
@@ -335,11 +361,11 @@ def test_a_board_without_records_is_refused_and_removed(boards: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda text: text[: len(text) // 2], "not a readable record"),
+        (lambda text: text[: len(text) // 2], "truncated or not JSON"),
         (lambda text: "[]", "not a record of membench"),
         (lambda text: text.replace('"schema": 1', '"schema": 2'), "schema 2"),
         (lambda text: text.replace('"seed": 0', '"seed": 5'), "id is not the hash"),
-        (lambda text: text.replace('"ams": 0.', '"ams": 0.1', 1), "results differ"),
+        (lambda text: text.replace('"ams": 0.', '"ams": 0.1', 1), "results_sha256 is not the hash"),
     ],
 )
 def test_a_spoilt_record_is_named(tmp_path: Path, spoil: Any, reason: str) -> None:

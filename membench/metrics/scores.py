@@ -15,7 +15,8 @@ Layout of the result, JSON-able, the same for one guidance scale and for the mea
      "curve": {"threshold": [..], "members" | "heldout": {"ams": [..], "ums": [..]}}}
 
 n_images is per guidance scale. excess = members - heldout: the same images against D_train and
-against equally many images that nobody trained on.
+against equally many images that nobody trained on. Lower nL2 is nearer: where `top_percent` and
+`percentile_95` show extraction, their excess is negative.
 """
 
 from __future__ import annotations

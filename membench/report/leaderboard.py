@@ -185,7 +185,8 @@ def _head(dataset: str, records: Sequence[Record], left_out: int) -> str:
         "- **N_G**: images per guidance scale × scales × seeds. UMS is of one scale and seed.",
         "- In percent, mean over seeds and guidance scales. [Brackets] are 95 % intervals over the "
         "images drawn, pooled over seeds (MOVER: half-widths add in squares); how the attack's "
-        "classifier happened to train is not in them. The range is that of single seeds.",
+        "classifier happened to train is not in them, nor the error of the thresholds. The range "
+        "is that of single seeds.",
     ]
     return "\n".join(lines)
 
@@ -431,7 +432,12 @@ def _records_part(found: Sequence[Section]) -> list[str]:
                 for r in row.records
             )
             lines.append(f"- {escaped(section.target)}, {escaped(row.label)}: {ids}")
-    note = "Every number above comes from these and can be recomputed: `membench verify RECORD`."
+    note = (
+        f"Every number above comes from these, in `{RECORDS}/`; each was verified from its saved "
+        "matches when it was added. To make one again: `membench run --method METHOD --dataset "
+        "DATASET --target TARGET --seed SEED`; on one kind of machine its `results_sha256` is the "
+        "same, and `membench leaderboard add` refuses it if it is not."
+    )
     return ["## Records", note, "\n".join(lines)]
 
 
