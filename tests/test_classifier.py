@@ -24,6 +24,7 @@ from membench.diffusion.tdkd import (
     train_label_classifier,
     train_time_classifier,
 )
+from membench.diffusion.threads import torch_threads
 from membench.diffusion.unet import schedule_abar
 from membench.errors import MembenchError
 from membench.hashing import array_hash
@@ -296,3 +297,16 @@ def test_guidance_raises_the_share_of_its_class(members: ImageSet) -> None:
 
     assert share(0) < 0.3
     assert share(1) > 0.9
+
+
+def test_the_number_of_threads_does_not_change_a_classifier(members: ImageSet) -> None:
+    training = TRAINING.model_copy(update={"steps": 6, "evaluate_every": 6})
+    found = set()
+    for count in (1, 2):
+        with torch_threads(count):
+            classifier, _ = train_time_classifier(
+                members.images, members.labels, 10, ABAR, CARD.attack.network, training, 1
+            )
+            assert torch.get_num_threads() == count
+        found.add(tuple(weights_hash(classifier)))
+    assert len(found) == 1

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from membench.diffusion.classifier import ResNet, freeze
 from membench.diffusion.sampler import from_uint8
 from membench.diffusion.targets import load_strictly, read_safetensors
+from membench.diffusion.threads import torch_threads
 from membench.errors import MembenchError
 from membench.files import replace_atomically
 from membench.hashing import array_hash, content_hash, derive_seed
@@ -178,7 +179,21 @@ def _fit(
     checkpoint: Path | None,
     progress: Progress,
 ) -> tuple[ResNet, dict[str, Any]]:
-    """AdamW with warm-up; keeps the weights of the lowest held-back loss."""
+    """AdamW with warm-up; keeps the weights of the lowest held-back loss.
+
+    On one CPU thread: an attack's classifier must not depend on the machine's number of cores.
+    """
+    with torch_threads(1, task.device):
+        return _fit_on_one_thread(task, network, training, checkpoint, progress)
+
+
+def _fit_on_one_thread(
+    task: _Task,
+    network: Network,
+    training: ClassifierTraining,
+    checkpoint: Path | None,
+    progress: Progress,
+) -> tuple[ResNet, dict[str, Any]]:
     if len(task.images) < 2 or len(task.images) != len(task.targets):
         raise ValueError(f"{len(task.images)} images with {len(task.targets)} targets")
     rows, held_back = task.split(training.held_back)

@@ -76,11 +76,13 @@ def _save_checkpoint(path: Path, identity: str, state: _State) -> None:
         "seconds": state.seconds,
         "loss_sum": state.loss_sum,
         "curve": json.dumps(state.curve),
+        "threads": torch.get_num_threads(),
     }
     replace_atomically(path, lambda partial: torch.save(saved, partial))
 
 
-def _load_checkpoint(path: Path, identity: str, state: _State) -> None:
+def _load_checkpoint(path: Path, identity: str, state: _State) -> int:
+    """Fill `state` and return the number of threads the run began with."""
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
@@ -94,6 +96,7 @@ def _load_checkpoint(path: Path, identity: str, state: _State) -> None:
     state.optimizer.load_state_dict(saved["optimizer"])
     state.step, state.seconds = saved["step"], saved["seconds"]
     state.loss_sum, state.curve = saved["loss_sum"], json.loads(saved["curve"])
+    return int(saved.get("threads", torch.get_num_threads()))
 
 
 def training_identity(recipe: TargetRecipe, images_sha256: str) -> str:
@@ -142,8 +145,9 @@ def train(
 
     Writes `model.safetensors` (the EMA weights), `training.json` (recipe, loss curve, and what
     `probe` says of plain samples every `evaluate_every` steps) and `checkpoint.pt`. `resume` goes
-    on from the checkpoint and gives the same weights, bit for bit on one kind of machine, as a run
-    that was never interrupted; without it a folder that holds a checkpoint is refused.
+    on from the checkpoint, with as many threads as before, and gives the same weights, bit for bit
+    on one kind of machine, as a run that was never interrupted; without it a folder that holds a
+    checkpoint is refused.
     Returns the content of `training.json`.
     """
     training = recipe.training
@@ -164,7 +168,7 @@ def train(
     if checkpoint.exists():
         if not resume:
             raise MembenchError(f"{checkpoint}: a training is under way here; go on with --resume")
-        _load_checkpoint(checkpoint, identity, state)
+        torch.set_num_threads(_load_checkpoint(checkpoint, identity, state))
         if state.step > training.last_step:
             raise MembenchError(
                 f"{checkpoint}: is at step {state.step}, past the recipe's {training.last_step}"
