@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from membench import contract
 from membench.contract import CHECKS, check_method
 from membench.registry import Registry
 from membench.templates import write_method
@@ -69,3 +70,37 @@ def test_the_contract_catches(tmp_path: Path, body: str, complaint: str) -> None
     assert not good
     assert "FAILED" in text
     assert complaint in text
+
+
+def test_a_method_of_which_everything_was_skipped_fails(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contract, "CHECKS", (contract.scale_zero_is_random, contract.guidance_acts))
+    good, text = outcome(registry, "random")
+    assert not good
+    assert text.count("skipped") == 3, "twice for the checks, once for the verdict"
+    assert "nothing was tested" in text
+
+
+def test_a_method_that_ignores_its_scale_is_caught(tmp_path: Path) -> None:
+    """Guidance that is switched on at scale 0, or off above it, does not pass."""
+    write_method("my_attack", tmp_path)
+    found = Registry([tmp_path])
+    dataset = contract.small_dataset(found)
+    lab = contract.Lab(
+        dataset,
+        contract.OracleTarget(dataset, 0.5),
+        contract.Store(tmp_path / "r"),
+        contract.silent,
+    )
+    sample = contract.Lab.sample
+
+    def stubborn(self, rows, labels, surrogate, condition, scale, seed, sampling):
+        return sample(self, rows, labels, surrogate, condition, max(scale, 1.0), seed, sampling)
+
+    bench = contract.Bench(found.method("my_attack"), lab)
+    contract.scale_zero_is_random(bench)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contract.Lab, "sample", stubborn)
+        with pytest.raises(AssertionError, match="scale 0 changes images"):
+            contract.scale_zero_is_random(bench)
