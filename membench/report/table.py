@@ -183,7 +183,8 @@ def attack_lines(record: Record) -> list[str]:
         lines.append(
             f"classifier right on held-back clean images: {percent(classifier['accuracy'])} %"
         )
-    for scale, ratios in (attack.get("guidance_ratio") or {}).items():
+    strengths = attack.get("guidance_ratio") or {}
+    for scale, ratios in sorted(strengths.items(), key=lambda item: float(item[0])):
         if ratios:
             times = sorted(ratios, key=int)
             chosen = [times[round(q * (len(times) - 1))] for q in (0.1, 0.3, 0.5, 0.7, 0.9)]

@@ -1,0 +1,58 @@
+"""The README quotes the board, not somebody's memory of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def cells(line: str) -> list[str]:
+    text = line.replace("\\", "").replace("*", "").replace("`", "")
+    return [cell.strip() for cell in text.strip().strip("|").split("|")]
+
+
+def board_rows() -> dict[tuple[str, str], list[str]]:
+    """(target, method) -> cells of the calibrated mid band."""
+    text = (ROOT / "leaderboards" / "fashion_mini.md").read_text()
+    found = {}
+    for part in text.split("\n## Target ")[1:]:
+        target = part.split("`")[1]
+        table = part.split("### Calibrated mid band")[1].split("\n### ")[0]
+        for line in table.splitlines():
+            if line.startswith("|") and not line.startswith(("|:", "| method")):
+                found[target, cells(line)[0]] = cells(line)
+    return found
+
+
+def test_the_findings_are_the_boards() -> None:
+    text = (ROOT / "README.md").read_text()
+    table = text.split("| target | method | AMS, %")[1].split("\n\n")[0]
+    board, target, seen = board_rows(), "", 0
+    for line in table.splitlines()[2:]:
+        name, method, ams, heldout, excess, ums = cells(line)
+        target = name or target
+        _, _, board_ams, _, board_heldout, board_excess, board_ums, *_ = board[target, method]
+        assert ams == board_ams.split()[0], line
+        assert heldout == board_heldout.split()[0], line
+        assert excess == board_excess, line
+        assert ums == board_ums.split()[0], line
+        seen += 1
+    assert seen == len(board) == 10
+
+
+def test_links_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert links
+    for link in links:
+        if not link.startswith("http"):
+            assert (ROOT / link).exists(), link
+
+
+def test_the_method_it_shows_is_the_method() -> None:
+    text = (ROOT / "README.md").read_text()
+    shown = text.split("```python\n")[1].split("```")[0].splitlines()
+    source = (ROOT / "methods" / "extraction" / "side_c.py").read_text().splitlines()
+    assert all(line in source for line in shown if line.strip())
