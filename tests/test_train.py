@@ -33,6 +33,8 @@ def recipe(small: Dataset) -> TargetRecipe:
     pace = {"checkpoint_every": 4, "evaluate_every": 6, "evaluate_images": 8}
     return whole.model_copy(
         update={
+            "weights": None,
+            "weights_sha256": None,
             "unet": whole.unet.model_copy(update=network),
             "training": whole.training.model_copy(update=steps | pace),
         }
