@@ -504,3 +504,14 @@ def test_reports_need_no_torch() -> None:
         "assert not {'torch', 'diffusers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_classifiers_of_clean_images_are_on_the_board() -> None:
+    own, taught = make_record("ol_ti"), make_record("side_a")
+    own["attack"]["classifier"] = {"accuracy": 0.5}
+    taught["attack"]["classifier"] = {"labels": {"classifier on <b>x": {"accuracy": 0.25}}}
+    text = leaderboard.board("toy", [sealed(own), sealed(taught)])["toy.md"]
+    assert "- ol_ti: its own classifier, 50 %" in text
+    assert "side_a: classifier on" in text
+    assert "25 %" in text
+    assert "<b>" not in text

@@ -364,7 +364,27 @@ def _attack_part(rows: Sequence[Row]) -> list[str]:
             "the noisier): a weak attack may be a weak classifier.",
             table(["method", *(f"t = {t}" for t in times)], body),
         ]
-    return parts + _guidance_part(rows)
+    return parts + _teachers_part(rows) + _guidance_part(rows)
+
+
+def _teachers_part(rows: Sequence[Row]) -> list[str]:
+    """The classifiers of clean images: OL-TI's own, and those that labelled the synthetic set."""
+    lines = []
+    for row in rows:
+        report = (row.records[0].get("attack") or {}).get("classifier") or {}
+        found = {"its own classifier": report.get("accuracy")} | {
+            name: teacher.get("accuracy")
+            for name, teacher in (report.get("labels") or {}).items()
+            if isinstance(teacher, Mapping)
+        }
+        lines += [
+            f"- {escaped(row.label)}: {escaped(name)}, {percent(accuracy, 0)} %"
+            for name, accuracy in found.items()
+            if accuracy is not None
+        ]
+    if not lines:
+        return []
+    return ["Accuracy on held-back clean images of the split they learnt from:", "\n".join(lines)]
 
 
 def _guidance_part(rows: Sequence[Row]) -> list[str]:
