@@ -17,6 +17,9 @@ import numpy as np
 
 from membench.errors import MembenchError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
@@ -36,15 +39,22 @@ def writing(folder: Path) -> Iterator[None]:
     """Turn the operating system's refusals to write into one clear line."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _refused(folder, error) from None
+    try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = "no space left on the disk; free some and run again, finished work is kept"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            reason = f"cannot be written ({error.strerror}); choose another folder with --results"
-        else:
+        if error.errno not in (*_FULL, *_FORBIDDEN):
             raise
-        raise MembenchError(f"{error.filename or folder}: {reason}") from None
+        raise _refused(Path(error.filename or folder), error) from None
+
+
+def _refused(path: Path, error: OSError) -> MembenchError:
+    if error.errno in _FULL:
+        reason = "no space left on the disk; free some and run again, finished work is kept"
+    else:
+        reason = f"cannot be written ({error.strerror}); choose another folder with --results"
+    return MembenchError(f"{path}: {reason}")
 
 
 def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:

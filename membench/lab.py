@@ -21,7 +21,7 @@ import torch
 from membench.data.imageset import Dataset
 from membench.diffusion import tdkd
 from membench.diffusion.classifier import ResNet
-from membench.diffusion.clusters import cluster, describe
+from membench.diffusion.clusters import check_settings, cluster, describe
 from membench.diffusion.guidance import GuidanceLog, classifier_guidance
 from membench.diffusion.sampler import Guidance, ImageNoise, ddim, ddim_times, to_uint8
 from membench.diffusion.targets import Target
@@ -337,9 +337,10 @@ class Lab:
     ) -> Artifact[Labels]:
         """k-means clusters of images, the loose ones dropped (SIDE-C); labels are hard.
 
-        descriptor: the card's, if it is not given here. `Store.get` raises `MembenchError` when
-        there are too few images, or when `min_cohesion` leaves no cluster.
+        descriptor: the card's, if it is not given here. Raises `MembenchError` for too few images;
+        `Store.get` does when `min_cohesion` leaves no cluster.
         """
+        check_settings(images.identity["count"], n_clusters, min_cohesion)
         name = descriptor or self.dataset.card.attack.cluster_descriptor
         descriptors = self.descriptors(images, name)
         identity = {

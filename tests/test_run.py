@@ -237,6 +237,12 @@ def test_the_command_as_a_user_types_it(command: Command, tmp_path: Path) -> Non
         ("run --method random --dataset fashion_mini --target oracle:1 --steps 5000", "--steps"),
         ("run --method side_c --dataset fashion_mini --set k=3", "no parameter named 'k'"),
         ("run --method random --dataset fashion_mini --plugins nowhere", "expects a folder"),
+        (
+            "run --method side_c --dataset fashion_mini --set n_clusters=1000",
+            "are too few for 1000",
+        ),
+        ("run --method side_c --dataset fashion_mini --set n_clusters=1", "at least 2 clusters"),
+        ("run --method random --dataset fashion_mini --results /dev/null/x", "--results"),
         ("train fashion_mini --target nothing", "no target of fashion_mini named 'nothing'"),
         ("verify nowhere.json", "nowhere.json: no such file"),
         ("list method", "did you mean 'methods'"),

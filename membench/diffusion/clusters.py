@@ -56,16 +56,8 @@ def _normalised(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def cluster(
-    descriptors: np.ndarray, n_clusters: int = 100, *, seed: int, min_cohesion: float = 0.5
-) -> Clusters:
-    """k-means on L2-normalised descriptors [N, D]; loose clusters are dropped, images relabelled.
-
-    The cohesion of a cluster is the mean cosine of its images to its centroid. Clusters below
-    `min_cohesion` are dropped, and every image takes the label of the nearest kept centroid (by
-    cosine). Raises `MembenchError` when there are too few images or no cluster is kept.
-    """
-    count = len(descriptors)
+def check_settings(count: int, n_clusters: int, min_cohesion: float) -> None:
+    """Refuse settings that cannot cluster `count` images, with a `MembenchError`."""
     if n_clusters < 2 or not 0 <= min_cohesion <= 1:
         raise MembenchError(
             f"clusters: n_clusters={n_clusters}, min_cohesion={min_cohesion}; expected at least 2 "
@@ -76,6 +68,18 @@ def cluster(
             f"clusters: {count} images are too few for {n_clusters} clusters; "
             f"take at least {IMAGES_PER_CLUSTER * n_clusters}"
         )
+
+
+def cluster(
+    descriptors: np.ndarray, n_clusters: int = 100, *, seed: int, min_cohesion: float = 0.5
+) -> Clusters:
+    """k-means on L2-normalised descriptors [N, D]; loose clusters are dropped, images relabelled.
+
+    The cohesion of a cluster is the mean cosine of its images to its centroid. Clusters below
+    `min_cohesion` are dropped, and every image takes the label of the nearest kept centroid (by
+    cosine). Raises `MembenchError` when there are too few images or no cluster is kept.
+    """
+    check_settings(len(descriptors), n_clusters, min_cohesion)
     descriptors = np.asarray(descriptors, dtype=np.float64)
     with threadpool_limits(1):  # sums of several threads depend on who comes first
         found = KMeans(n_clusters, n_init=4, random_state=seed % 2**32).fit(descriptors)
