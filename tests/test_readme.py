@@ -56,3 +56,22 @@ def test_the_method_it_shows_is_the_method() -> None:
     shown = text.split("```python\n")[1].split("```")[0].splitlines()
     source = (ROOT / "methods" / "extraction" / "side_c.py").read_text().splitlines()
     assert all(line in source for line in shown if line.strip())
+
+
+def test_what_it_says_of_classifiers_is_the_boards() -> None:
+    """Accuracy of side_c and side_a by noise level on `ddpm`, and the strongest guidance."""
+    text = " ".join((ROOT / "README.md").read_text().split())
+    board = (ROOT / "leaderboards" / "fashion_mini.md").read_text().split("\n## Target ")[1]
+    accuracy = board.split("### The attacks' classifiers")[1].split("### ")[0]
+    rows = {cells(line)[0]: cells(line) for line in accuracy.splitlines() if line.startswith("| ")}
+    column = {name: i for i, name in enumerate(rows["method"])}
+    side_c, side_a = (
+        [rows[name][column[f"t = {t}"]] for t in (100, 600, 800)] for name in ("side_c", "side_a")
+    )
+    assert "{} % of cases at t = 100, but in {} % at t = 600 and {} % at t".format(*side_c) in text
+    assert "in {}, {} and {} % (chance: 10 %)".format(*side_a) in text
+    guidance = board.split("### How strong the guidance was")[1].split("### ")[0]
+    for line in guidance.splitlines():
+        if line.startswith(("| side", "| ol_ti")):
+            limit = 8 if "ol_ti" in line else 4
+            assert all(float(cell) <= limit for cell in cells(line)[2:]), line

@@ -172,6 +172,7 @@ def _held_back_loss(classifier: ResNet, task: _Task, rows: np.ndarray) -> float:
     return total / images
 
 
+@torch_threads(1)
 def _fit(
     task: _Task,
     network: Network,
@@ -183,17 +184,6 @@ def _fit(
 
     On one CPU thread: an attack's classifier must not depend on the machine's number of cores.
     """
-    with torch_threads(1, task.device):
-        return _fit_on_one_thread(task, network, training, checkpoint, progress)
-
-
-def _fit_on_one_thread(
-    task: _Task,
-    network: Network,
-    training: ClassifierTraining,
-    checkpoint: Path | None,
-    progress: Progress,
-) -> tuple[ResNet, dict[str, Any]]:
     if len(task.images) < 2 or len(task.images) != len(task.targets):
         raise ValueError(f"{len(task.images)} images with {len(task.targets)} targets")
     rows, held_back = task.split(training.held_back)

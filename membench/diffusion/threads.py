@@ -9,11 +9,10 @@ import torch
 
 
 @contextmanager
-def torch_threads(count: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Run the body with `count` threads if it computes on the CPU; elsewhere nothing changes."""
+def torch_threads(count: int) -> Iterator[None]:
+    """Run the body, or a decorated function, with `count` CPU threads; GPUs are not concerned."""
     before = torch.get_num_threads()
-    if torch.device(device).type == "cpu":
-        torch.set_num_threads(count)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
