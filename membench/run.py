@@ -141,7 +141,8 @@ def resolve_target(
                 f"target {name!r} of {card.name} has no weights yet ({weights} is missing); "
                 f"train it: membench train {card.name} --target {name}"
             )
-    return load_unet_target(recipe, card.images, weights, device=device, name=name)
+    labels = dataset.members.labels
+    return load_unet_target(recipe, card.images, weights, device=device, name=name, labels=labels)
 
 
 def prepare(

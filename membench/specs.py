@@ -169,10 +169,16 @@ class UNet(Spec):
 
 
 class TargetRecipe(Spec):
-    """One target of a data set: its network, its training, and the shipped weights, if any."""
+    """One target of a data set: its network, its training, and the shipped weights, if any.
+
+    condition: what the U-Net is told about each image, in training and in sampling: nothing, the
+    data set's labels, or a label drawn at random for each member and kept (both are "informative
+    labels", Chen et al. 2025, definition 2).
+    """
 
     title: str
     unet: UNet
+    condition: Literal["none", "labels", "random_labels"] = "none"
     training: Training
     train_timesteps: int = Field(default=1000, gt=0)
     beta_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"

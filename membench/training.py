@@ -103,6 +103,7 @@ def train_target(
             dataset.members.images,
             card.splits.members.images_sha256,
             folder,
+            labels=np.asarray(dataset.members.labels),
             probe=probe,
             resume=resume,
             device=resolve_device(device),

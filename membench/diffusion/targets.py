@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from membench.data.imageset import Dataset
 from membench.diffusion.sampler import EpsModel, from_uint8
-from membench.diffusion.unet import build_unet, schedule_abar
+from membench.diffusion.unet import build_unet, condition_labels, schedule_abar
 from membench.errors import MembenchError
 from membench.hashing import array_hash, derive_seed, file_hash
 from membench.specs import Images, TargetRecipe
@@ -75,8 +75,35 @@ def load_strictly(network: nn.Module, tensors: dict[str, Tensor], path: Path) ->
     network.load_state_dict(cast, strict=True, assign=True)
 
 
+def draw_conditions(
+    labels: np.ndarray | None, seed: int, indices: Sequence[int]
+) -> np.ndarray | None:
+    """The label under which a conditional target draws each image: int64 [B], or None.
+
+    labels: int64 [N], those of the members; image i of run `seed` takes the label of the member
+    `derive_seed(seed, "condition", i)` points at, so that labels come as often as in training.
+    """
+    if labels is None:
+        return None
+    chosen = [derive_seed(seed, "condition", i) % len(labels) for i in indices]
+    return np.asarray(labels[chosen], np.int64)
+
+
+def conditional_model(
+    network: nn.Module, labels: np.ndarray | None, device: torch.device | str
+) -> EpsModel:
+    """A U-Net told the `labels` [B] of its images (None: unconditional), as an eps model."""
+    known = {}
+    if labels is not None:
+        known = {"class_labels": torch.from_numpy(labels).to(device)}
+    return lambda x_t, t: network(x_t, t, return_dict=False, **known)[0]
+
+
 class UNetTarget:
-    """A U-Net that predicts eps, such as diffusers' `UNet2DModel`; frozen on construction."""
+    """A U-Net that predicts eps, such as diffusers' `UNet2DModel`; frozen on construction.
+
+    labels: int64 [N], what a conditional U-Net was told of each member; None if unconditional.
+    """
 
     def __init__(
         self,
@@ -86,8 +113,10 @@ class UNetTarget:
         abar: list[float],
         identity: dict[str, Any],
         device: torch.device | str = "cpu",
+        labels: np.ndarray | None = None,
     ):
         self.name, self.shape, self.abar, self.identity = name, shape, abar, identity
+        self.labels = labels
         self.device = torch.device(device)
         # Without gradients a CPU is a fifth faster on contiguous tensors (its group norm is slow on
         # channels_last); a GPU's tensor cores want channels_last.
@@ -97,13 +126,18 @@ class UNetTarget:
         self.network = network.eval().requires_grad_(False)
 
     def eps_model(self, seed: int, indices: Sequence[int]) -> EpsModel:
-        """The same for every image."""
-        return self.predict_eps
+        """The same for every image; under the label drawn for it if the U-Net is conditional."""
+        return self.given(draw_conditions(self.labels, seed, indices))
 
-    @torch.no_grad()
-    def predict_eps(self, x_t: Tensor, t: int) -> Tensor:
-        """eps [B, C, H, W] of x_t [B, C, H, W] at timestep t."""
-        return self.network(x_t.contiguous(memory_format=self.layout), t, return_dict=False)[0]
+    def given(self, labels: np.ndarray | None) -> EpsModel:
+        """The eps model of images with these labels: int64 [B], None for an unconditional U-Net."""
+        model = conditional_model(self.network, labels, self.device)
+
+        @torch.no_grad()
+        def predict_eps(x_t: Tensor, t: int) -> Tensor:
+            return model(x_t.contiguous(memory_format=self.layout), t)
+
+        return predict_eps
 
 
 def load_unet_target(
@@ -112,9 +146,11 @@ def load_unet_target(
     weights: Path,
     device: torch.device | str = "cpu",
     name: str = "unet",
+    labels: np.ndarray | None = None,
 ) -> UNetTarget:
     """Read trained weights (safetensors) into the recipe's U-Net.
 
+    labels: int [N] of the members, for a conditional recipe.
     Raises `MembenchError` naming the file when it is missing, truncated, does not fit the recipe,
     or differs from the recipe's `weights_sha256`.
     """
@@ -136,7 +172,11 @@ def load_unet_target(
         "beta_schedule": recipe.beta_schedule,
         "train_timesteps": recipe.train_timesteps,
     }
-    return UNetTarget(name, network, images.shape, schedule_abar(recipe), identity, device)
+    conditions = condition_labels(recipe, images, labels)
+    if conditions is not None:
+        identity |= {"condition": recipe.condition, "labels_sha256": array_hash(conditions)}
+    abar = schedule_abar(recipe)
+    return UNetTarget(name, network, images.shape, abar, identity, device, conditions)
 
 
 class ClosedFormTarget:

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from membench.diffusion.sampler import ImageNoise, ddim, ddim_times, from_uint8, to_uint8
-from membench.diffusion.unet import build_unet, count_parameters, schedule_abar
+from membench.diffusion.targets import conditional_model, draw_conditions
+from membench.diffusion.unet import (
+    build_unet,
+    condition_labels,
+    count_parameters,
+    schedule_abar,
+)
 from membench.errors import MembenchError
 from membench.files import replace_atomically, write_json
 from membench.hashing import content_hash, derive_seed, file_hash
@@ -60,13 +66,14 @@ def learning_rate(training: Training, step: int) -> float:
 
 def draw_batch(
     images: Tensor, training: Training, train_timesteps: int, step: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x_0 [B, C, H, W], t [B] and eps [B, C, H, W] of one step, from (seed, step) alone."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x_0 [B, C, H, W], t [B], eps [B, C, H, W] and the rows [B] of x_0 among the images, of one
+    step, from (seed, step) alone."""
     generator = torch.Generator().manual_seed(derive_seed(training.seed, "train", step))
     rows = torch.randint(len(images), (training.batch_size,), generator=generator)
     t = torch.randint(train_timesteps, (training.batch_size,), generator=generator)
     x_0 = images[rows]
-    return x_0, t, torch.randn(x_0.shape, generator=generator)
+    return x_0, t, torch.randn(x_0.shape, generator=generator), rows
 
 
 def _save_checkpoint(path: Path, identity: str, state: _State) -> None:
@@ -103,6 +110,8 @@ def training_identity(recipe: TargetRecipe, images_sha256: str) -> str:
     """What a checkpoint belongs to; `stop_at` is left out, since a longer run may go on from it."""
     described = recipe.model_dump(mode="json", exclude={"title", "weights", "weights_sha256"})
     del described["training"]["stop_at"]
+    if recipe.condition == "none":
+        del described["condition"]
     return content_hash({"recipe": described, "images": images_sha256})
 
 
@@ -116,14 +125,19 @@ def sample_plain(
     batch_size: int = 64,
     steps: int = 50,
     device: torch.device | str = "cpu",
+    labels: np.ndarray | None = None,
 ) -> np.ndarray:
-    """uint8 [count, H, W, C] drawn by DDIM from a network in training."""
+    """uint8 [count, H, W, C] drawn by DDIM from a network in training.
+
+    labels: those of the members if the network is conditional; each image draws one of them.
+    """
     network.eval()
     images = []
     for start in range(0, count, batch_size):
-        noise = ImageNoise(seed, range(start, min(start + batch_size, count)), shape)
-        x_t = noise().to(device)
-        x_0 = ddim(lambda x, t: network(x, t).sample, x_t, ddim_times(steps, len(abar)), abar)
+        indices = range(start, min(start + batch_size, count))
+        x_t = ImageNoise(seed, indices, shape)().to(device)
+        model = conditional_model(network, draw_conditions(labels, seed, indices), device)
+        x_0 = ddim(model, x_t, ddim_times(steps, len(abar)), abar)
         images.append(to_uint8(x_0))
     network.train()
     return np.concatenate(images)
@@ -136,6 +150,7 @@ def train(
     members_sha256: str,
     folder: Path,
     *,
+    labels: np.ndarray | None = None,
     probe: Probe,
     resume: bool = False,
     device: str = "cpu",
@@ -147,7 +162,7 @@ def train(
     `probe` says of plain samples every `evaluate_every` steps) and `checkpoint.pt`. `resume` goes
     on from the checkpoint, with as many threads as before, and gives the same weights, bit for bit
     on one kind of machine, as a run that was never interrupted; without it a folder that holds a
-    checkpoint is refused.
+    checkpoint is refused. labels: int [N] of the members, for a conditional recipe.
     Returns the content of `training.json`.
     """
     training = recipe.training
@@ -176,6 +191,7 @@ def train(
     abar = schedule_abar(recipe)
     abar_tensor = torch.tensor(abar)
     pixels = from_uint8(members)
+    labels = condition_labels(recipe, shape, labels)
     curve = state.curve
 
     def evaluate() -> None:
@@ -186,6 +202,7 @@ def train(
             training.evaluate_images,
             derive_seed(training.seed, "evaluate"),
             device=device,
+            labels=labels,
         )
         since = curve[-1]["step"] if curve else 0
         loss = state.loss_sum / (state.step - since)
@@ -195,13 +212,17 @@ def train(
 
     while state.step < training.last_step:
         started = time.monotonic()
-        x_0, t, eps = draw_batch(pixels, training, recipe.train_timesteps, state.step)
+        x_0, t, eps, rows = draw_batch(pixels, training, recipe.train_timesteps, state.step)
         signal = abar_tensor[t].sqrt().float().view(-1, 1, 1, 1)
         spread = (1 - abar_tensor[t]).sqrt().float().view(-1, 1, 1, 1)
         x_t = (signal * x_0 + spread * eps).to(device, memory_format=torch.channels_last)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(training, state.step)
-        loss = nn.functional.mse_loss(network(x_t, t.to(device)).sample, eps.to(device))
+        known = {}
+        if labels is not None:
+            known = {"class_labels": torch.from_numpy(labels[rows.numpy()]).to(device)}
+        predicted = network(x_t, t.to(device), **known).sample
+        loss = nn.functional.mse_loss(predicted, eps.to(device))
         state.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), training.gradient_clip)

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+import numpy as np
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import nn
 
+from membench.hashing import derive_seed
 from membench.specs import Images, TargetRecipe
 
 
 def build_unet(recipe: TargetRecipe, images: Images) -> UNet2DModel:
-    """An untrained U-Net of the recipe; initialised from torch's global generator."""
+    """An untrained U-Net of the recipe; initialised from torch's global generator.
+
+    A conditional one has an embedding for each class and is called with `class_labels`.
+    """
     return UNet2DModel(
         sample_size=(images.height, images.width),
         in_channels=images.channels,
         out_channels=images.channels,
+        num_class_embeds=None if recipe.condition == "none" else len(images.classes),
         **recipe.unet.model_dump(),
     )
+
+
+def condition_labels(
+    recipe: TargetRecipe, images: Images, labels: np.ndarray | None
+) -> np.ndarray | None:
+    """What a conditional U-Net is told of each member: int64 [N], or None for an unconditional one.
+
+    labels: int [N], the data set's own. Random labels are uniform over as many classes, drawn from
+    the recipe's seed, and stay with their image.
+    """
+    if recipe.condition == "none":
+        return None
+    if labels is None:
+        raise ValueError("a conditional recipe needs the members' labels")
+    if recipe.condition == "labels":
+        return np.asarray(labels, np.int64)
+    seed = derive_seed(recipe.training.seed, "random labels")
+    return np.random.default_rng(seed).integers(len(images.classes), size=len(labels))
 
 
 def schedule_abar(recipe: TargetRecipe) -> list[float]:
