@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 
 from membench.errors import MembenchError
 
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same content gives the same bytes
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
@@ -95,6 +98,23 @@ def write_array(path: Path, array: np.ndarray) -> None:
     def write(partial: Path) -> None:
         with open(partial, "wb") as stream:  # np.save would add .npy to the name
             np.save(stream, array, allow_pickle=False)
+
+    replace_atomically(path, write)
+
+
+def write_npz(path: Path, contents: Mapping[str, Any]) -> None:
+    """Arrays as an .npz that np.load can read; the same content always gives the same bytes."""
+
+    def write(partial: Path) -> None:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            for name in sorted(contents):
+                array = np.asarray(contents[name])
+                array = array.astype(array.dtype.newbyteorder("<"), order="C")
+                entry = io.BytesIO()
+                np.lib.format.write_array(entry, array, version=(1, 0), allow_pickle=False)
+                info = zipfile.ZipInfo(f"{name}.npy", date_time=_EPOCH)
+                info.create_system = 3
+                archive.writestr(info, entry.getvalue())
 
     replace_atomically(path, write)
 

@@ -28,8 +28,8 @@ from membench.diffusion.targets import Target
 from membench.errors import MembenchError
 from membench.files import read_json, write_array, write_joined, write_json
 from membench.hashing import content_hash, derive_seed
-from membench.similarity.matches import Matches, match
-from membench.specs import Sampling
+from membench.matching import Matcher
+from membench.specs import Sampling, Similarity
 from membench.store import PARTS, Artifact, Store, Work
 
 VERSIONS = {
@@ -38,7 +38,6 @@ VERSIONS = {
     "classifier": 1,
     "labels": 1,
     "descriptors": 1,
-    "search": 1,
 }
 """Of the code behind each kind of artifact: raise one when its results change."""
 IMAGES, LABELS, REPORT = "images.npy", "labels.npy", "report.json"
@@ -102,6 +101,7 @@ class Lab:
     """One target on one data set, and all that can be derived from them.
 
     seed: of the attack's own parts (synthetic set, classifiers, clusters), shared by all run seeds.
+    similarity: how images are compared, the card's if None.
     """
 
     dataset: Dataset
@@ -110,6 +110,7 @@ class Lab:
     progress: Progress
     device: str = "cpu"
     seed: int = 0
+    similarity: Similarity | None = None
 
     # -- images ---------------------------------------------------------------------------------
 
@@ -453,59 +454,11 @@ class Lab:
 
     # -- matches --------------------------------------------------------------------------------
 
-    def matches(self, images: Artifact[Generated], *, title: str) -> Artifact[Matches]:
-        """Nearest members and nearest held-out twins of generated images."""
-
-        def queries() -> np.ndarray:
-            return self.store.get(images).images
-
-        return self._matches(queries, title, {"queries": "generated"}, (images,))
-
-    def null_matches(self) -> Artifact[Matches]:
-        """Nearest members of every real held-out image: the null that calibrates the bands."""
-        card = self.dataset.card
-        heldout = {"queries": "heldout", "images": card.splits.heldout.images_sha256}
-        return self._matches(lambda: self.dataset.heldout.images, "calibration", heldout, ())
-
-    def _matches(
-        self,
-        queries: Callable[[], np.ndarray],
-        title: str,
-        identity: dict[str, Any],
-        inputs: tuple[Artifact[Any], ...],
-    ) -> Artifact[Matches]:
-        card = self.dataset.card
-        neighbours = card.similarity.neighbours
-        identity = identity | {
-            "version": VERSIONS["search"],
-            "similarity": card.similarity.name,
-            "neighbours": neighbours,
-            "members": card.splits.members.images_sha256,
-            "heldout": card.splits.heldout.images_sha256,
-            "heldout_rows": len(self.dataset.heldout_twin),
-        }
-
-        def make(folder: Path, work: Work) -> None:
-            images = queries()
-            pairs = len(images) * (len(self.dataset.members) + len(self.dataset.heldout_twin))
-            with self.progress(title, pairs, "pairs") as advance:
-                found = match(
-                    images,
-                    self.dataset.members.images,
-                    self.dataset.heldout_twin.images,
-                    k=neighbours,
-                    progress=advance,
-                )
-            found.save(folder / "matches.npz")
-
-        return Artifact(
-            "matches",
-            title,
-            identity,
-            make,
-            lambda folder: Matches.load(folder / "matches.npz"),
-            inputs,
-        )
+    @property
+    def matcher(self) -> Matcher:
+        """What compares this lab's images with its data set."""
+        similarity = self.similarity or self.dataset.card.similarity
+        return Matcher(self.dataset, similarity, self.store, self.progress, self.device)
 
     # -- help -----------------------------------------------------------------------------------
 

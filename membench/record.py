@@ -10,10 +10,10 @@ from membench.errors import MembenchError
 from membench.files import read_json
 from membench.hashing import content_hash
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the record's layout."""
 RECORD, SHEET, NULL = "record.json", "contact_sheet.png", "matches-heldout.npz"
-PARTS = ("identity", "calibration", "null", "scores", "attack", "files")
+PARTS = ("identity", "calibration", "null", "scores", "per_image", "attack", "files")
 UNSEALED = ("results_sha256", "cost", "provenance")
 """What may differ between two computations of the same cell."""
 

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,16 @@ from membench.errors import MembenchError
 from membench.files import link_or_copy, locked, write_json, writing
 from membench.hashing import canonical_json, content_hash, file_hash
 from membench.lab import IMAGES, Generated, Lab, Progress, Surrogate
+from membench.matching import FACTS, MATCHES, Facts
 from membench.metrics import METRIC_VERSIONS
 from membench.plugins import Method
 from membench.record import NULL, RECORD, SCHEMA, SHEET, seal
 from membench.registry import Registry, unknown
 from membench.report import table
 from membench.report.contact_sheet import contact_sheet
-from membench.scoring import calibrate_from, fixed_band_rates, score_all
+from membench.scoring import calibrate_from, null_facts, per_image, score_all
 from membench.similarity.matches import Matches
-from membench.specs import DataCard, RunSpec, Sampling, explain
+from membench.specs import DataCard, RunSpec, Sampling, Similarity, explain
 from membench.store import Artifact, Stage, Store
 
 
@@ -51,10 +51,15 @@ class Cell:
     images: dict[float, Artifact[Generated]]
     matches: dict[float, Artifact[Matches]]
     null: Artifact[Matches]
+    facts: Artifact[Facts]
 
     @property
     def card(self) -> DataCard:
         return self.lab.dataset.card
+
+    @property
+    def similarity(self) -> Similarity:
+        return self.lab.matcher.similarity
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -81,7 +86,7 @@ class Cell:
             "label": spec["label"],
             "sampling": spec["sampling"],
             "shape": list(self.card.images.shape),
-            "similarity": self.card.similarity.identity(),
+            "similarity": self.similarity.identity(),
             "attack": self.card.attack.identity(),
             "compute": self.lab.compute(),
             "metrics": dict(METRIC_VERSIONS),
@@ -100,7 +105,7 @@ class Cell:
         return self.lab.store.root / "runs" / self.card.name / target / name
 
     def plan(self) -> list[Stage]:
-        return self.lab.store.plan([self.null, *self.matches.values()])
+        return self.lab.store.plan([self.facts, self.null, *self.matches.values()])
 
 
 def resolve_device(name: str) -> str:
@@ -220,8 +225,9 @@ def build_cell(spec: RunSpec, plugin: Method, lab: Lab) -> Cell:
         )
         for scale in ((0.0,) if surrogate is None else spec.guidance_scales)
     }
-    matches = {s: lab.matches(found, title=f"matches at {s:g}") for s, found in images.items()}
-    return Cell(spec, plugin, lab, surrogate, images, matches, lab.null_matches())
+    matcher = lab.matcher
+    matches = {s: matcher.matches(found, title=f"matches at {s:g}") for s, found in images.items()}
+    return Cell(spec, plugin, lab, surrogate, images, matches, matcher.null(), matcher.facts())
 
 
 def run(cell: Cell) -> dict[str, Any]:
@@ -233,20 +239,21 @@ def run(cell: Cell) -> dict[str, Any]:
     store = cell.lab.store
     generated = {scale: store.get(images) for scale, images in cell.images.items()}
     matches = {scale: store.get(found) for scale, found in cell.matches.items()}
-    null = store.get(cell.null)
-    pixels = prod(cell.card.images.shape)
-    calibration = calibrate_from(null, cell.card.similarity, pixels)
-    scores = score_all(matches, calibration, cell.card.similarity)
+    null, similarity = store.get(cell.null), cell.similarity
+    keep = store.get(cell.facts).null_rows(similarity)
+    calibration = calibrate_from(null, keep, similarity)
+    scores = score_all(matches, calibration, similarity)
     attack = _attack(cell, generated)
 
     folder = cell.folder
     with writing(folder), locked(folder.with_suffix(".lock")):
-        link_or_copy(store.folder(cell.null) / "matches.npz", folder / NULL)
+        link_or_copy(store.folder(cell.null) / MATCHES, folder / NULL)
+        link_or_copy(store.folder(cell.facts) / FACTS, folder / FACTS)
         for scale in cell.images:
             images_folder = store.folder(cell.images[scale])
             matches_folder = store.folder(cell.matches[scale])
             link_or_copy(images_folder / IMAGES, folder / f"images-{scale:g}.npy")
-            link_or_copy(matches_folder / "matches.npz", folder / f"matches-{scale:g}.npz")
+            link_or_copy(matches_folder / MATCHES, folder / f"matches-{scale:g}.npz")
         files = {
             path.name: file_hash(path)
             for path in sorted(folder.iterdir())
@@ -259,8 +266,9 @@ def run(cell: Cell) -> dict[str, Any]:
             "limited_by": limits,
             "identity": cell.identity,
             "calibration": calibration.to_dict(),
-            "null": fixed_band_rates(null, cell.card.similarity, pixels),
+            "null": null_facts(null, keep, similarity),
             "scores": scores,
+            "per_image": per_image(matches, calibration, similarity),
             "attack": attack,
             "files": files,
         }
@@ -293,6 +301,8 @@ def departures(cell: Cell) -> list[str]:
         found.append("other sampler settings")
     if spec.label is not None:
         found.append(f"label {spec.label} for every image")
+    if cell.similarity != cell.card.similarity:
+        found.append("another similarity than the card's")
     if spec.attack_seed != 0:
         found.append(f"attack seed {spec.attack_seed}, not 0")
     return found

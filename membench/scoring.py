@@ -2,59 +2,62 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from membench.metrics.calibration import Calibration, calibrate
-from membench.metrics.image import bands
 from membench.metrics.intervals import clopper_pearson
-from membench.metrics.scores import average, score
-from membench.similarity.matches import Matches, nl2
+from membench.metrics.scores import average, count_band, score
+from membench.similarity.matches import SIDES, Matches
+from membench.similarity.measures import LEVELS
 from membench.specs import Similarity
 
 
-def calibrate_from(null: Matches, similarity: Similarity, pixels: int) -> Calibration:
-    """Thresholds from the nearest members of real held-out images, near-duplicates left out.
+def calibrate_from(null: Matches, keep: NDArray[np.bool_], similarity: Similarity) -> Calibration:
+    """Thresholds from the nearest members of real held-out images.
 
-    pixels: numbers in one image, which turn the card's RMSE into a distance.
+    keep: bool [H], which of them make the null (`Facts.null_rows`).
     """
     return calibrate(
-        null.members,
+        null.scores()[keep, 0],
         null.n_members,
+        measure=null.measure,
         rates=similarity.false_match_rates.model_dump(),
-        copy_distance=copy_distance(similarity, pixels),
+        n_dropped=int((~keep).sum()),
     )
 
 
-def copy_distance(similarity: Similarity, pixels: int) -> float:
-    """The card's RMSE of a near-duplicate as an L2 distance."""
-    return similarity.near_duplicate_rmse * pixels**0.5
+def null_facts(null: Matches, keep: NDArray[np.bool_], similarity: Similarity) -> dict[str, Any]:
+    """How often real held-out images, whom nobody trained on, match a member all the same.
 
-
-def fixed_band_rates(null: Matches, similarity: Similarity, pixels: int) -> dict[str, Any]:
-    """How often real held-out images, whom nobody trained on, reach the papers' fixed bands.
-
-    The images are those that calibrate: without near-duplicates of members.
-
-    {mode: {level: {"upper", "rate", "interval"}}} for every mode of the card but the calibrated.
+    The images are those that calibrate. {"bands": {mode: {level: {"lower", "upper", "rate",
+    "interval"}}}} for every fixed mode of the similarity, and {"curve": {"threshold", "rate"}}: the
+    false-match rate at every threshold of the scores' own curve.
     """
-    keep = null.members.distance[:, 0] > copy_distance(similarity, pixels)
-    best = nl2(null.members.distance[keep])[:, 0]
-    rates: dict[str, Any] = {}
+    measure = null.measure
+    best = null.scores()[keep, 0]
+    found: dict[str, Any] = {}
     for mode in similarity.band_modes:
         if mode == "calibrated":
             continue
-        rates[mode] = {}
-        for level, band in bands(mode).items():
+        found[mode] = {}
+        for level, band in measure.bands(mode).items():
             assert band is not None, "only calibrated bands can be missing"
             hits = int(band.contains(best).sum())
-            interval = list(clopper_pearson(hits, len(best)))
-            rates[mode][level] = {
+            found[mode][level] = {
+                "lower": band.lower,
                 "upper": band.upper,
                 "rate": hits / len(best),
-                "interval": interval,
+                "interval": list(clopper_pearson(hits, len(best))),
             }
-    return rates
+    far = np.sort(measure.far(best))
+    below = np.searchsorted(far, [measure.far(t) for t in measure.curve], side="right")
+    curve = {"threshold": list(measure.curve), "rate": (below / len(best)).tolist()}
+    return {"bands": found, "curve": curve}
 
 
 def score_all(
@@ -66,3 +69,54 @@ def score_all(
         "scales": {f"{s:g}": score(found, calibration, **options) for s, found in matches.items()},
         "average": average(list(matches.values()), calibration, **options),
     }
+
+
+def per_image(
+    matches: Mapping[float, Matches], calibration: Calibration, similarity: Similarity
+) -> dict[str, Any]:
+    """What paired comparisons need of every image, for the headline bands: F(x_i) and a_i.
+
+    {level: {"members" | "heldout": {scale: {"hits": bits, "exclusive": counts}}}}, packed
+    (`pack_bits`, `pack_counts`); a level without a threshold is missing, and so are counts of bands
+    whose pairs are not all known.
+    """
+    found: dict[str, Any] = {}
+    measure = next(iter(matches.values())).measure
+    bands = measure.bands(similarity.band_modes[0], calibration.values)
+    for level in LEVELS:
+        band = bands[level]
+        if band is None:
+            continue
+        found[level] = {name: {} for name in SIDES}
+        for name in SIDES:
+            for scale, of_scale in matches.items():
+                counted = count_band(of_scale, name, band, similarity.match)
+                packed: dict[str, Any] = {"hits": pack_bits(counted.hits)}
+                if counted.known:
+                    packed["exclusive"] = pack_counts(counted.exclusive)
+                found[level][name][f"{scale:g}"] = packed
+    return found
+
+
+def pack_bits(values: NDArray[np.bool_]) -> str:
+    """Truth values [Q] as base64 of bits, the first one highest."""
+    return base64.b64encode(np.packbits(values).tobytes()).decode()
+
+
+def unpack_bits(text: str, count: int) -> NDArray[np.bool_]:
+    """The `count` values that `pack_bits` packed."""
+    packed = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
+    return np.unpackbits(packed, count=count).astype(np.bool_)
+
+
+def pack_counts(values: NDArray[Any]) -> dict[str, list[int]]:
+    """Small non-negative counts [Q], most of them 0: the images that have one, and theirs."""
+    image = np.flatnonzero(values)
+    return {"image": image.tolist(), "count": np.asarray(values)[image].tolist()}
+
+
+def unpack_counts(packed: Mapping[str, list[int]], count: int) -> NDArray[np.int64]:
+    """The `count` values that `pack_counts` packed."""
+    values = np.zeros(count, np.int64)
+    values[packed["image"]] = packed["count"]
+    return values

@@ -55,6 +55,20 @@ class Images(Spec):
 
 
 BandMode = Literal["calibrated", "cumulative", "literal", "shifted"]
+Preset = Literal["official_288", "official_320", "dcr_224", "amg_224"]
+
+
+class DescriptorChoice(Spec):
+    """Which descriptor compares images, and all that changes its scores (spec section 3).
+
+    name: a plugin of `methods/descriptor/`; preset: its preprocessing; resize_first: images are
+    brought to this many pixels a side before that; storage: how descriptors are kept.
+    """
+
+    name: str
+    preset: Preset = "official_320"
+    resize_first: int | None = Field(default=None, gt=0)
+    storage: Literal["float16", "float32"] = "float32"
 
 
 class FalseMatchRates(Spec):
@@ -68,17 +82,44 @@ class FalseMatchRates(Spec):
 class Similarity(Spec):
     """How a generated image is compared with the members.
 
+    name: `nl2`, normalised L2 of pixels, or `sscd`, the cosine of a `descriptor`.
     band_modes: which readings of the three bands are scored, the headline first; the fixed ones
-    are the papers' nL2 of 1.5, 1.4 and 1.35. near_duplicate_rmse: held-out images closer than this
-    to a member (pixels in [0, 1]) are left out of the null that calibrates.
+    are the papers' (nL2 of 1.5, 1.4, 1.35; SSCD of 0.4, 0.5, 0.6). Default: `calibrated` and the
+    similarity's own, `cumulative` for nL2 and `literal` for SSCD.
+    flips: an image is also compared mirrored. dedup_reference: of members that are near-duplicates
+    of each other only the first is compared with. near_duplicate_rmse: what a near-duplicate is
+    (thumbnails, pixels in [0, 1]); held-out images that are ones of a member are left out of the
+    null that calibrates. distinct_labels: so are those that share a member's label (identities).
     """
 
-    name: Literal["nl2"] = "nl2"
+    name: Literal["nl2", "sscd"] = "nl2"
+    descriptor: DescriptorChoice | None = None
     neighbours: int = Field(default=50, gt=1)
+    flips: bool = False
+    dedup_reference: bool = False
     match: Literal["any", "best"] = "any"
-    band_modes: tuple[BandMode, ...] = ("calibrated", "cumulative")
+    band_modes: tuple[BandMode, ...] = ()
     false_match_rates: FalseMatchRates = FalseMatchRates()
     near_duplicate_rmse: float = Field(default=0.02, ge=0)
+    distinct_labels: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_modes(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("band_modes"):
+            own = "literal" if data.get("name") == "sscd" else "cumulative"
+            return {**data, "band_modes": ("calibrated", own)}
+        return data
+
+    @model_validator(mode="after")
+    def _descriptor_for_sscd(self) -> Similarity:
+        if self.name == "sscd" and self.descriptor is None:
+            raise ValueError(
+                'descriptor: similarity "sscd" needs one, as in { name = "sscd_onnx" }'
+            )
+        if self.name == "nl2" and self.descriptor is not None:
+            raise ValueError("descriptor: normalised L2 compares pixels and takes none")
+        return self
 
 
 class Sampling(Spec):

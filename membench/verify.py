@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ from pydantic import ValidationError
 
 from membench.errors import MembenchError
 from membench.hashing import file_hash
+from membench.matching import FACTS, Facts
 from membench.metrics import METRIC_VERSIONS
 from membench.record import NULL, RECORD, read_record
-from membench.scoring import calibrate_from, fixed_band_rates, score_all
+from membench.scoring import calibrate_from, null_facts, per_image, score_all
 from membench.similarity.matches import Matches
 from membench.specs import Similarity, explain
 
@@ -57,23 +57,29 @@ def _verify(path: Path, record: dict[str, Any]) -> None:
         raise MembenchError(f"{path}: identity.similarity.{explain(error)}") from None
 
     scales = [float(scale) for scale in identity["guidance_scales"]]
-    matches = {scale: _load(folder / f"matches-{scale:g}.npz", record) for scale in scales}
+    matches = {
+        scale: Matches.load(_named(folder / f"matches-{scale:g}.npz", record)) for scale in scales
+    }
     for scale, found in matches.items():
         count = identity["images_per_scale"]
-        if len(found.members.distance) != count:
+        if len(found) != count:
             raise MembenchError(f"{folder}: matches-{scale:g}.npz: not {count} images")
-    null = _load(folder / NULL, record)
-    pixels = prod(identity["shape"])
-    calibration = calibrate_from(null, similarity, pixels)
+    null = Matches.load(_named(folder / NULL, record))
+    keep = Facts.load(_named(folder / FACTS, record)).null_rows(similarity)
+    if len(keep) != len(null):
+        raise MembenchError(f"{folder / FACTS}: {len(keep)} held-out images, not {len(null)}")
+    calibration = calibrate_from(null, keep, similarity)
     _compare(path, "calibration", record["calibration"], calibration.to_dict())
-    _compare(path, "null", record["null"], fixed_band_rates(null, similarity, pixels))
+    _compare(path, "null", record["null"], null_facts(null, keep, similarity))
     _compare(path, "scores", record["scores"], score_all(matches, calibration, similarity))
+    _compare(path, "per_image", record["per_image"], per_image(matches, calibration, similarity))
 
 
-def _load(path: Path, record: dict[str, Any]) -> Matches:
+def _named(path: Path, record: dict[str, Any]) -> Path:
+    """A file whose hash, which was checked, stands in the record."""
     if path.name not in record["files"]:
         raise MembenchError(f"{path.name}: the record does not name this file's hash")
-    return Matches.load(path)
+    return path
 
 
 def _compare(path: Path, where: str, saved: Any, computed: Any) -> None:

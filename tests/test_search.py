@@ -246,7 +246,7 @@ GOOD = np.zeros((3, 4, 4, 1), np.uint8)
 BAD = {
     "not an array": ([[1, 2]], GOOD, "queries must be an array .* not list"),
     "dimensions": (GOOD, GOOD[0], r"reference must be an array .* shape \(4, 4, 1\)"),
-    "dtype": (GOOD.astype(np.int32), GOOD, "queries must be uint8, float32 or float64, not int32"),
+    "dtype": (GOOD.astype(np.int32), GOOD, "queries must be uint8, float16, float32 or float64"),
     "mixed": (GOOD, GOOD.astype(np.float32), "both"),
     "no queries": (GOOD[:0], GOOD, "queries are empty"),
     "no reference": (GOOD, GOOD[:0], "reference are empty"),

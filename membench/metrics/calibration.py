@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import bdtr
 
 from membench.errors import MembenchError
-from membench.metrics.image import LEVELS
 from membench.metrics.intervals import CONFIDENCE, clopper_pearson
-from membench.similarity.matches import nl2
-from membench.similarity.search import Neighbours
+from membench.similarity.measures import LEVELS, NL2, Measure, Scores
 
 RATES = dict(zip(LEVELS, (0.05, 0.01, 0.002), strict=True))
 """False-match rates of the bands: 5, 1 and 0.2 %."""
@@ -21,11 +19,11 @@ RATES = dict(zip(LEVELS, (0.05, 0.01, 0.002), strict=True))
 
 @dataclass(frozen=True)
 class Threshold:
-    """The score at or below which at most a share `rate` of the held-out images matches.
+    """The score from which on (in the direction of nearer) at most a share `rate` matches.
 
     value: the threshold, an observed score; None with a `reason` if there are too few images.
     interval: order-statistic interval of the true quantile; None = open at that end.
-    achieved, achieved_interval: the share at or below `value` and its Clopper-Pearson interval.
+    achieved, achieved_interval: the share at least as near as `value`, Clopper-Pearson interval.
     """
 
     rate: float
@@ -40,15 +38,15 @@ class Threshold:
 class Calibration:
     """The null distribution's thresholds for low, mid and high, and what they rest on.
 
-    n_heldout: images in the null, after n_dropped copies of members were dropped from it:
-    all with a nearest member within copy_distance (L2); None if the caller saw to that itself.
+    n_heldout: images in the null, after n_dropped near-duplicates of members (or images that share
+    an identity with one) were dropped from it.
     """
 
     thresholds: dict[str, Threshold]
     n_heldout: int
     n_dropped: int
     n_members: int
-    copy_distance: float | None
+    measure: str = NL2.name
 
     @property
     def values(self) -> dict[str, float | None]:
@@ -76,38 +74,43 @@ class Calibration:
 
 
 def calibrate(
-    heldout: Neighbours,
+    best: Scores,
     n_members: int,
     *,
-    rates: dict[str, float] | None = None,
-    copy_distance: float | None = None,
+    measure: Measure = NL2,
+    rates: Mapping[str, float] | None = None,
     n_dropped: int = 0,
 ) -> Calibration:
-    """Thresholds of nL2 from the neighbours of real held-out images over the members.
+    """Thresholds from the best scores [M] of real held-out images over the members.
 
-    heldout: `nearest(held-out images, members)`.
-    copy_distance: held-out images with a member within this L2 distance are dropped first; strict
-    and absolute, hence independent of the score, or the null would be biased.
-    n_dropped: how many the caller has already dropped, to be recorded.
+    best: of the images that make the null; what was left out of it (near-duplicates of members)
+    must be chosen by a rule that does not depend on the score, or the null is biased.
+    n_dropped: how many were left out, to be recorded.
     Raises MembenchError if no image is left or a rate is not in (0, 1).
     """
-    keep = np.ones(len(heldout.distance), np.bool_)
-    if copy_distance is not None:
-        keep = heldout.distance[:, 0] > copy_distance
-    if not keep.any():
+    if not len(best):
         raise MembenchError("no held-out image is left to calibrate on: all are copies of members")
-    null = nl2(heldout.distance[keep])[:, 0]
+    found = {level: threshold(measure.far(best), rate) for level, rate in (rates or RATES).items()}
     return Calibration(
-        {level: threshold(null, rate) for level, rate in (rates or RATES).items()},
-        n_heldout=len(null),
-        n_dropped=n_dropped + int((~keep).sum()),
+        {level: _natural(t, measure) for level, t in found.items()},
+        n_heldout=len(best),
+        n_dropped=n_dropped,
         n_members=n_members,
-        copy_distance=copy_distance,
+        measure=measure.name,
     )
 
 
-def threshold(null: NDArray[np.float64], rate: float) -> Threshold:
-    """The largest observed score at which at most a share `rate` of the null [M] matches.
+def _natural(found: Threshold, measure: Measure) -> Threshold:
+    """A threshold of far scores in the measure's own direction."""
+    if measure.sign == 1:
+        return found
+    low, high = (None if end is None else -end for end in found.interval)
+    value = None if found.value is None else -found.value
+    return replace(found, value=value, interval=(high, low))
+
+
+def threshold(null: Scores, rate: float) -> Threshold:
+    """The largest observed far score at which at most a share `rate` of the null [M] matches.
 
     With the null sorted, r = floor(rate M): the r-th score, or, if it is tied with the next, the
     largest below the tie. Interval of the quantile: scores number l and u with l, u the 2.5 and

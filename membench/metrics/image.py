@@ -1,14 +1,13 @@
-"""Image-level metrics: pure functions on the nL2 scores and indices of the nearest references.
+"""Image-level metrics: pure functions on the scores and indices of the nearest references.
 
-Shapes: `score` and `index` are [Q, n], nearest first; `inside` is bool [Q, n]. A lower
-score is nearer.
+Shapes: `score` and `index` are [Q, n], nearest first; `inside` is bool [Q, n]. Functions that need
+an order take `far` scores, of which a lower one is nearer (`Measure.far`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -16,70 +15,14 @@ from numpy.typing import NDArray
 from scipy.special import gammaln
 
 from membench.errors import MembenchError
+from membench.similarity.measures import Mask, Scores
 
 Match = Literal["any", "best"]
-Mode = Literal["calibrated", "cumulative", "literal", "shifted"]
-Scores = NDArray[np.float64]
-Mask = NDArray[np.bool_]
-
-LEVELS = ("low", "mid", "high")
 MATCHES: tuple[Match, ...] = ("any", "best")
-MODES: tuple[Mode, ...] = ("calibrated", "cumulative", "literal", "shifted")
-PAPER_THRESHOLDS = {"low": 1.5, "mid": 1.4, "high": 1.35}
-"""Normalised-L2 thresholds of the SIDE papers."""
-COMPLETE_BELOW = 2.0
-"""Below this score the neighbour list holds every pair (see `Matches`)."""
 RATIO = 1 / 3
 """An image is memorised by the l2 ratio if d_1 / d_2 is below this (Gu et al. 2023)."""
 TOP_PERCENTS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10)
-CURVE_THRESHOLDS = np.arange(200) / 100
-"""0, 0.01 .. 1.99: the whole range in which the neighbour list is complete."""
-
-
-@dataclass(frozen=True)
-class Band:
-    """Scores that count as a match: lower <= s <= upper, or lower < s if `open_below`."""
-
-    lower: float | None
-    upper: float
-    open_below: bool = False
-
-    def contains(self, score: Scores) -> Mask:
-        inside = score <= self.upper
-        if self.lower is not None:
-            inside &= score > self.lower if self.open_below else score >= self.lower
-        return inside
-
-    @property
-    def complete(self) -> bool:
-        """Whether every pair of the band is among the listed neighbours."""
-        return self.upper < COMPLETE_BELOW
-
-
-def bands(mode: Mode, calibrated: dict[str, float | None] | None = None) -> dict[str, Band | None]:
-    """The low, mid and high band of nL2 in a mode; None where no threshold could be calibrated.
-
-    cumulative: s <= 1.5, s <= 1.4, s <= 1.35: reproduces independent figures, the default.
-    literal: [1.5, 10], [1.4, 1.5], [1.35, 1.4], as printed in the papers (low holds nearly all).
-    shifted: (1.4, 1.5], (1.35, 1.4], s <= 1.35: disjoint, they add up to the cumulative ones.
-    calibrated: cumulative, with thresholds at given false-match rates (see `calibration`).
-    Raises MembenchError for an unknown mode, or if calibrated thresholds are needed and missing.
-    """
-    low, mid, high = (PAPER_THRESHOLDS[level] for level in LEVELS)
-    if mode == "cumulative":
-        edges: list[Band | None] = [Band(None, low), Band(None, mid), Band(None, high)]
-    elif mode == "literal":
-        edges = [Band(low, 10.0), Band(mid, low), Band(high, mid)]
-    elif mode == "shifted":
-        edges = [Band(mid, low, True), Band(high, mid, True), Band(None, high)]
-    elif mode == "calibrated":
-        if calibrated is None:
-            raise MembenchError("band mode 'calibrated' needs a calibration")
-        tops = [calibrated[level] for level in LEVELS]
-        edges = [None if top is None else Band(None, top) for top in tops]
-    else:
-        raise MembenchError(f"band mode must be one of {', '.join(MODES)}, not {mode!r}")
-    return dict(zip(LEVELS, edges, strict=True))
+PERCENTILES = (50, 90, 95, 99, 99.9)
 
 
 def hits(inside: Mask) -> Mask:
@@ -145,38 +88,46 @@ def ratio_hits(distance: NDArray[Any]) -> Mask:
     return np.asarray((first < second * RATIO) | (first == 0))
 
 
-def top_percent(best: Scores, percent: float) -> float:
-    """Mean of the lowest `percent` % of best-match scores [Q]: ceil(percent Q / 100) images.
+def top_percent(far: Scores, percent: float) -> float:
+    """Mean of the nearest `percent` % of best-match scores [Q]: ceil(percent Q / 100) images.
 
     Source: SIDE ("top x %": the printed figures fit the mean, not the percentile).
     """
-    count = max(1, math.ceil(round(percent * len(best) / 100, 9)))
-    return float(np.partition(best, count - 1)[:count].mean())
+    count = max(1, math.ceil(round(percent * len(far) / 100, 9)))
+    return float(np.partition(far, count - 1)[:count].mean())
 
 
-def percentile_95(best: Scores) -> float:
-    """95th percentile of *similarity* of the best matches [Q], which is the 5 % quantile of nL2.
+def percentile(far: Scores, percent: float) -> float:
+    """The `percent`-th percentile of *similarity* of the best matches [Q], as a far score.
 
-    Linear interpolation between order statistics. Source: Somepalli et al. 2023; SIDE.
+    Of nL2 that is its (100 - percent) % quantile. Linear interpolation between order statistics.
+    Source: Somepalli et al. 2023 and SIDE for the 95th.
     """
-    return float(np.quantile(best, 0.05))
+    return float(np.quantile(far, 1 - percent / 100))
 
 
-def ams_curve(score: Scores, thresholds: Sequence[float] | Scores = CURVE_THRESHOLDS) -> Scores:
-    """AMS at every threshold, cumulative (s <= t)."""
-    best = np.sort(score[:, 0])
-    return np.searchsorted(best, thresholds, side="right") / len(score)
+def percentile_95(far: Scores) -> float:
+    """95th percentile of similarity of the best matches [Q]: the 5 % quantile of nL2."""
+    return float(np.quantile(far, 0.05))
+
+
+def ams_curve(far: Scores, thresholds: Sequence[float] | Scores) -> Scores:
+    """AMS at every threshold (far scores, ascending), cumulative; far: of the best matches [Q]."""
+    return np.searchsorted(np.sort(far), thresholds, side="right") / len(far)
 
 
 def ums_curve(
-    score: Scores,
+    far: Scores,
     index: NDArray[Any],
     n_references: int,
-    match: Match,
-    thresholds: Sequence[float] | Scores = CURVE_THRESHOLDS,
+    thresholds: Sequence[float] | Scores,
+    n_images: int,
 ) -> Scores:
-    """UMS at every threshold below 2, cumulative (s <= t)."""
-    phi = matched(np.ones(score.shape, np.bool_), match)
+    """UMS at every threshold (far scores, ascending), cumulative.
+
+    far, index: of every pair that may count [P]; thresholds beyond the known pairs are the
+    caller's to leave out.
+    """
     nearest = np.full(n_references, np.inf)  # the score at which a reference is first matched
-    np.minimum.at(nearest, index[phi], score[phi])
-    return np.searchsorted(np.sort(nearest), thresholds, side="right") / len(score)
+    np.minimum.at(nearest, index, far)
+    return np.searchsorted(np.sort(nearest), thresholds, side="right") / n_images

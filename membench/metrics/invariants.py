@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from membench.errors import MembenchError
-from membench.metrics.image import LEVELS
+from membench.similarity.measures import LEVELS
 
 SIDES = ("members", "heldout")
 
@@ -36,7 +36,10 @@ def check_invariants(scores: dict[str, Any]) -> None:
                                 f"({inner}) than in {wider} ({outer})"
                             )
     for name in SIDES:
-        for key, curve in scores["curve"][name].items():
+        for key, points in scores["curve"][name].items():
+            curve = [point for point in points if point is not None]
+            if points[: len(curve)] != curve:
+                raise MembenchError(f"curve.{name}.{key} has a gap")
             if curve != sorted(curve) or (key == "ams" and not 0 <= curve[0] <= curve[-1] <= 1):
                 raise MembenchError(f"curve.{name}.{key} is not monotone or not a rate")
 

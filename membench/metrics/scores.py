@@ -2,7 +2,8 @@
 
 Layout of the result, JSON-able, the same for one guidance scale and for the mean over several:
 
-    {"n_images", "n_scales", "n_members", "n_heldout", "n_neighbours", "match", "confidence",
+    {"measure", "n_images", "n_scales", "n_members", "n_heldout", "n_neighbours", "flips", "match",
+     "near_duplicates": {"members" | "heldout": count or None}, "confidence",
      "metric_versions": {metric: version},
      "bands": {mode: {"low" | "mid" | "high": {
          "lower", "upper", "reason": why something below is None,
@@ -11,19 +12,22 @@ Layout of the result, JSON-able, the same for one guidance scale and for the mea
      "l2_ratio": {"members", "members_interval", "heldout", "heldout_interval",
                   "excess", "excess_interval"},
      "top_percent": {"members" | "heldout": {"0.01": ..}, "excess": {"0.01": ..}},
-     "percentile_95": {"members", "heldout", "excess"},
+     "percentile_95", "mean": {"members", "heldout", "excess"},
+     "percentiles": {"members" | "heldout" | "excess": {"50": ..}},
      "curve": {"threshold": [..], "members" | "heldout": {"ams": [..], "ums": [..]}}}
 
 n_images is per guidance scale. excess = members - heldout: the same images against D_train and
-against equally many images that nobody trained on. Lower nL2 is nearer: where `top_percent` and
-`percentile_95` show extraction, their excess is negative.
+against equally many images that nobody trained on. Lower nL2 is nearer: where its `top_percent`,
+`mean` and percentiles show extraction, their excess is negative; that of SSCD is positive.
+Thresholds of the curve go from the strictest on; its UMS is None where not every pair is known.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,19 +37,48 @@ from membench.errors import MembenchError
 from membench.metrics import image, intervals
 from membench.metrics.calibration import Calibration
 from membench.metrics.catalogue import METRIC_VERSIONS
-from membench.metrics.image import Band, Match, Mode
+from membench.metrics.image import Match
 from membench.metrics.invariants import SIDES, check_invariants
-from membench.similarity.matches import Matches, nl2
+from membench.similarity.matches import Matches
+from membench.similarity.measures import Band, Measure, Mode, Scores
 
 
 @dataclass(frozen=True)
 class _Side:
-    """One guidance scale's images against one reference of n images."""
+    """One guidance scale's images against one reference of n images.
 
-    score: NDArray[np.float64]
+    score, index [Q, k]: the listed neighbours; beyond: (image, index, score) of further pairs [P].
+    """
+
+    matches: Matches
+    name: str
+    score: Scores
     index: NDArray[np.int32]
+    beyond: tuple[NDArray[np.int32], NDArray[np.int32], Scores]
     ratio: NDArray[np.bool_] | None
-    n: int
+
+    @classmethod
+    def of(cls, matches: Matches, name: str) -> _Side:
+        found = matches.side(name)
+        distance = found.listed.distance
+        in_pixels = matches.measure.sign == 1 and distance.shape[1] > 1
+        return cls(
+            matches,
+            name,
+            matches.scores(name),
+            found.listed.index,
+            (found.beyond.image, found.beyond.index, matches.scores_beyond(name)),
+            image.ratio_hits(distance) if in_pixels else None,
+        )
+
+    @property
+    def rows(self) -> int:
+        return self.matches.side(self.name).rows
+
+    @property
+    def far(self) -> Scores:
+        """Far scores of the best matches [Q]."""
+        return np.asarray(self.matches.measure.far(self.score[:, 0]))
 
 
 def score(
@@ -82,16 +115,24 @@ def _scores(
 ) -> dict[str, Any]:
     if not scales:
         raise MembenchError("there are no guidance scales to average")
-    shapes = {(len(m), m.n_members, m.n_heldout, m.members.index.shape[1]) for m in scales}
+    shapes = {
+        (len(m), m.n_members, m.n_heldout, m.scores().shape[1], m.measure.name, m.flips)
+        for m in scales
+    }
     if len(shapes) > 1:
         raise MembenchError("guidance scales differ in images, references or neighbours")
-    n_images, n_members, n_heldout, n_neighbours = shapes.pop()
+    n_images, n_members, n_heldout, n_neighbours, _, flips = shapes.pop()
+    measure = scales[0].measure
     if isinstance(calibration, dict):
         calibration = Calibration.from_dict(calibration)
     if calibration is not None and calibration.n_members != n_members:
         raise MembenchError(
             f"thresholds were calibrated on {calibration.n_members} members, "
             f"but the matches are over {n_members}"
+        )
+    if calibration is not None and calibration.measure != measure.name:
+        raise MembenchError(
+            f"thresholds are of {calibration.measure}, but the matches are of {measure.name}"
         )
     if match not in image.MATCHES:
         raise MembenchError(f"match must be one of {', '.join(image.MATCHES)}, not {match!r}")
@@ -100,53 +141,67 @@ def _scores(
         level: t.reason for level, t in (calibration.thresholds if calibration else {}).items()
     }
 
-    sides = {name: [_side(m, name) for m in scales] for name in SIDES}
+    sides = {name: [_Side.of(m, name) for m in scales] for name in SIDES}
+    thresholds = [t for t in measure.curve if _on_curve(t, scales, match)]
     result: dict[str, Any] = {
+        "measure": measure.name,
         "n_images": n_images,
         "n_scales": len(scales),
         "n_members": n_members,
         "n_heldout": n_heldout,
         "n_neighbours": n_neighbours,
+        "near_duplicates": {name: scales[0].side(name).near_duplicates for name in SIDES},
+        "flips": flips,
         "match": match,
         "confidence": intervals.CONFIDENCE,
         "metric_versions": dict(METRIC_VERSIONS),
         "bands": {
             mode: {
                 level: _band(sides, band, match, reasons.get(level))
-                for level, band in image.bands(mode, values).items()
+                for level, band in measure.bands(mode, values).items()
             }
             for mode in modes
         },
         "l2_ratio": _l2_ratio(sides),
-        "top_percent": {
-            name: {
-                f"{x:g}": _mean([image.top_percent(s.score[:, 0], x) for s in sides[name]])
-                for x in image.TOP_PERCENTS
-            }
-            for name in SIDES
-        },
-        "percentile_95": {
-            name: _mean([image.percentile_95(s.score[:, 0]) for s in sides[name]]) for name in SIDES
-        },
-        "curve": {"threshold": image.CURVE_THRESHOLDS.tolist()}
-        | {name: _curve(sides[name], match) for name in SIDES},
+        "top_percent": _of_best(
+            sides, {f"{x:g}": partial(image.top_percent, percent=x) for x in image.TOP_PERCENTS}
+        ),
+        "percentiles": _of_best(
+            sides, {f"{x:g}": partial(image.percentile, percent=x) for x in image.PERCENTILES}
+        ),
+        "percentile_95": _single(_of_best(sides, {"": image.percentile_95})),
+        "mean": _single(_of_best(sides, {"": lambda far: float(far.mean())})),
+        "curve": {"threshold": list(measure.curve)}
+        | {name: _curve(sides[name], match, thresholds) for name in SIDES},
     }
-    top, tail = result["top_percent"], result["percentile_95"]
-    top["excess"] = {x: top["members"][x] - top["heldout"][x] for x in top["members"]}
-    tail["excess"] = tail["members"] - tail["heldout"]
     check_invariants(result)
     return result
 
 
-def _side(matches: Matches, name: str) -> _Side:
-    found = matches.members if name == "members" else matches.heldout
-    several = found.distance.shape[1] > 1
-    return _Side(
-        nl2(found.distance),
-        found.index,
-        image.ratio_hits(found.distance) if several else None,
-        matches.n_members if name == "members" else matches.n_heldout,
-    )
+def _of_best(
+    sides: dict[str, list[_Side]], functions: dict[str, Callable[[Scores], float]]
+) -> dict[str, dict[str, float]]:
+    """Functions of the best matches' far scores, in the measure's direction, and their excess."""
+    measure = sides["members"][0].matches.measure
+    found = {
+        name: {
+            key: float(measure.far(_mean([function(s.far) for s in sides[name]]))) + 0.0
+            for key, function in functions.items()
+        }
+        for name in SIDES
+    }
+    found["excess"] = {key: found["members"][key] - found["heldout"][key] for key in functions}
+    return found
+
+
+def _single(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    return {name: values[""] for name, values in found.items()}
+
+
+def _on_curve(threshold: float, scales: Sequence[Matches], match: Match) -> bool:
+    """Whether the UMS at a threshold can be told: every pair that near is known."""
+    band = scales[0].measure.up_to(threshold)
+    return match == "best" or all(m.covers(band, name) for m in scales for name in SIDES)
 
 
 @dataclass(frozen=True)
@@ -154,37 +209,88 @@ class _Counted:
     """One band against one reference, over S guidance scales of Q images."""
 
     hits: NDArray[np.bool_]  # F [S, Q]
-    exclusive: NDArray[np.float64]  # mean over scales of a_i [Q]
-    unique: float  # mean over scales
-    pairs: float
+    exclusive: NDArray[np.float64] | None  # mean over scales of a_i [Q]; None: pairs not known
+    unique: float | None  # mean over scales
+    pairs: float | None
     n: int
 
     @classmethod
     def count(cls, scales: list[_Side], band: Band, match: Match) -> _Counted:
         hits, exclusive, unique, pairs = [], [], [], []
         for side in scales:
-            inside = band.contains(side.score)
-            phi = image.matched(inside, match)
-            counts = image.match_counts(phi, side.index, side.n)
-            hits.append(image.hits(inside))
-            exclusive.append(image.exclusive(phi, side.index, counts))
-            unique.append(int(np.count_nonzero(counts)))
-            pairs.append(int(counts.sum()))
+            counted = _count(side, band, match)
+            hits.append(counted.hits)
+            if counted.known:
+                exclusive.append(counted.exclusive)
+                unique.append(int(np.count_nonzero(counted.counts)))
+                pairs.append(int(counted.counts.sum()))
+        reference = scales[0].matches.side(scales[0].name)
+        if len(unique) < len(scales):
+            return cls(np.array(hits), None, None, None, reference.n)
         return cls(
-            np.array(hits), np.mean(exclusive, axis=0), _mean(unique), _mean(pairs), scales[0].n
+            np.array(hits), np.mean(exclusive, axis=0), _mean(unique), _mean(pairs), reference.n
         )
 
     def scores(self) -> dict[str, Any]:
         n_images = self.hits.shape[1]
-        low, high = intervals.unique_interval(self.unique, self.exclusive, self.n)
-        return {
+        found: dict[str, Any] = {
             "ams": float(self.hits.mean()),
             "ams_interval": _rate_interval(self.hits),
-            "ums": self.unique / n_images,
-            "ums_interval": [low / n_images, high / n_images],
-            "unique": self.unique,
-            "pairs": self.pairs,
+            **dict.fromkeys(("ums", "ums_interval", "unique", "pairs")),
         }
+        if self.unique is not None and self.exclusive is not None:
+            low, high = intervals.unique_interval(self.unique, self.exclusive, self.n)
+            found |= {
+                "ums": self.unique / n_images,
+                "ums_interval": [low / n_images, high / n_images],
+                "unique": self.unique,
+                "pairs": self.pairs,
+            }
+        return found
+
+
+@dataclass(frozen=True)
+class BandCounts:
+    """One band of one guidance scale against one reference.
+
+    hits: F(x_i), bool [Q]; counts: k_j, int [N], the images that match reference j; exclusive: a_i,
+    int [Q], the references that only image i matches. known: whether every pair of the band is;
+    if not, the last two are empty.
+    """
+
+    hits: NDArray[np.bool_]
+    counts: NDArray[np.int64]
+    exclusive: NDArray[np.int64]
+    known: bool
+
+
+def count_band(matches: Matches, side: str, band: Band, match: Match = "any") -> BandCounts:
+    """What AMS, UMS and their intervals are made of, for one band of one guidance scale."""
+    return _count(_Side.of(matches, side), band, match)
+
+
+def _count(side: _Side, band: Band, match: Match) -> BandCounts:
+    inside = band.contains(side.score)
+    hits = image.hits(inside)
+    counted = side.matches.side(side.name).counted.get(str(band))
+    if match == "any" and not side.matches.covers(band, side.name):
+        if counted is None:
+            return BandCounts(hits, np.empty(0, np.int64), np.empty(0, np.int64), False)
+        sole = counted.total[counted.count == 1]
+        exclusive = np.bincount(sole, minlength=len(hits))
+        return BandCounts(hits, counted.count.astype(np.int64), exclusive, True)
+    phi = image.matched(inside, match)
+    counts = image.match_counts(phi, side.index, side.rows)
+    who, which, score = side.beyond
+    if match == "any" and len(who):
+        more = band.contains(score)
+        who, which = who[more], which[more]
+        counts = counts + np.bincount(which, minlength=side.rows)
+        exclusive = image.exclusive(phi, side.index, counts)
+        exclusive = exclusive + np.bincount(who[counts[which] == 1], minlength=len(hits))
+    else:
+        exclusive = image.exclusive(phi, side.index, counts)
+    return BandCounts(hits, counts, exclusive, True)
 
 
 def _band(
@@ -197,29 +303,29 @@ def _band(
         return {"lower": None, "upper": None, "reason": reason, **empty, "excess": rates}
     members, heldout = (_Counted.count(sides[name], band, match) for name in SIDES)
     n_images = members.hits.shape[1]
-    low, high = intervals.unique_difference(
-        members.unique - heldout.unique, members.exclusive - heldout.exclusive
-    )
-    result: dict[str, Any] = {
+    excess: dict[str, Any] = {
+        "ams": float(members.hits.mean()) - float(heldout.hits.mean()),
+        "ams_interval": _excess_interval(members.hits, heldout.hits),
+        "ums": None,
+        "ums_interval": None,
+    }
+    why = "no UMS: the pairs kept do not hold every pair of this band"
+    if members.exclusive is not None and heldout.exclusive is not None:
+        assert members.unique is not None and heldout.unique is not None
+        low, high = intervals.unique_difference(
+            members.unique - heldout.unique, members.exclusive - heldout.exclusive
+        )
+        excess["ums"] = (members.unique - heldout.unique) / n_images
+        excess["ums_interval"] = [low / n_images, high / n_images]
+        why = ""
+    return {
         "lower": band.lower,
         "upper": band.upper,
-        "reason": None,
+        "reason": why or None,
         "members": members.scores(),
         "heldout": heldout.scores(),
-        "excess": {
-            "ams": float(members.hits.mean()) - float(heldout.hits.mean()),
-            "ams_interval": _excess_interval(members.hits, heldout.hits),
-            "ums": (members.unique - heldout.unique) / n_images,
-            "ums_interval": [low / n_images, high / n_images],
-        },
+        "excess": excess,
     }
-    if match == "any" and not band.complete:
-        for part in (*SIDES, "excess"):
-            for key in ("ums", "ums_interval", "unique", "pairs"):
-                if key in result[part]:
-                    result[part][key] = None
-        result["reason"] = "no UMS: the neighbours listed do not hold every pair of this band"
-    return result
 
 
 def _l2_ratio(sides: dict[str, list[_Side]]) -> dict[str, Any]:
@@ -238,10 +344,22 @@ def _l2_ratio(sides: dict[str, list[_Side]]) -> dict[str, Any]:
     }
 
 
-def _curve(sides: list[_Side], match: Match) -> dict[str, list[float]]:
-    ams = [image.ams_curve(s.score) for s in sides]
-    ums = [image.ums_curve(s.score, s.index, s.n, match) for s in sides]
-    return {"ams": np.mean(ams, axis=0).tolist(), "ums": np.mean(ums, axis=0).tolist()}
+def _curve(sides: list[_Side], match: Match, thresholds: Sequence[float]) -> dict[str, list[Any]]:
+    """AMS at every threshold of the measure; UMS at the given ones, None at the others."""
+    measure: Measure = sides[0].matches.measure
+    whole = [float(measure.far(t)) for t in measure.curve]
+    ams = np.mean([image.ams_curve(s.far, whole) for s in sides], axis=0).tolist()
+    known = [float(measure.far(t)) for t in thresholds]
+    ums = []
+    for side in sides:
+        phi = image.matched(np.ones(side.score.shape, np.bool_), match)
+        far, index = measure.far(side.score[phi]), side.index[phi]
+        if match == "any":
+            far = np.concatenate([far, measure.far(side.beyond[2])])
+            index = np.concatenate([index, side.beyond[1]])
+        ums.append(image.ums_curve(far, index, side.rows, known, len(side.score)))
+    found: list[Any] = np.mean(ums, axis=0).tolist()
+    return {"ams": ams, "ums": found + [None] * (len(whole) - len(found))}
 
 
 def _rate_interval(hits: NDArray[np.bool_]) -> list[float]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from membench.similarity.matches import Matches, nl2
+from membench.similarity.matches import Matches
 
 Pixels = NDArray[np.uint8]
 
@@ -39,7 +39,7 @@ def best_pairs(
     members: Pixels,
     count: int = 24,
 ) -> list[Pair]:
-    """The `count` best matches over all guidance scales, lowest nL2 first.
+    """The `count` best matches over all guidance scales, nearest first.
 
     Only the best image of each training image is kept: otherwise a handful of training images
     that come back often would fill the sheet.
@@ -48,18 +48,20 @@ def best_pairs(
     """
     pairs = []
     for scale, found in matches.items():
-        score = nl2(found.members.distance)[:, 0]
-        distance, index = found.members.distance[:, 0], found.members.index[:, 0]
+        far = found.measure.far(found.scores()[:, 0])
+        listed = found.members.listed
+        distance, index = listed.distance[:, 0], listed.index[:, 0]
         pairs += [
-            (float(score[row]), float(scale), row, int(index[row]), float(distance[row]))
-            for row in range(len(score))
+            (float(far[row]), float(scale), row, int(index[row]), float(distance[row]))
+            for row in range(len(far))
         ]
     chosen: dict[int, Pair] = {}
+    measure = next(iter(matches.values())).measure
     for value, scale, row, index_, distance_ in sorted(pairs):
         if index_ not in chosen:
             chosen[index_] = Pair(
                 np.asarray(images[scale][row]), np.asarray(members[index_]),
-                value, distance_, scale, row, index_,
+                float(measure.far(value)), distance_, scale, row, index_,
             )  # fmt: skip
         if len(chosen) == count:
             break

@@ -1,15 +1,14 @@
 """What a run keeps of its images: their nearest members and nearest held-out images.
 
-Every score is a pure function of this file.
+One file format for every similarity; every score is a pure function of this file.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +16,86 @@ import numpy as np
 from numpy.typing import NDArray
 
 from membench.errors import MembenchError
-from membench.files import replace_atomically
-from membench.similarity.search import Neighbours, nearest
+from membench.files import write_npz
+from membench.similarity.measures import MEASURES, NL2, Band, Measure
+from membench.similarity.search import Neighbours, Tally, merge, nearest, tally, within
 
-ALPHA = 0.5
-"""Weight of the mean neighbour distance in `nl2` (Carlini et al. 2023)."""
-
-_FORMAT = 1
-_ARRAYS = ("members_distance", "members_index", "heldout_distance", "heldout_index")
-_NUMBERS = ("format", "n_members", "n_heldout")
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same content gives the same bytes
+_FORMAT = 2
+SIDES = ("members", "heldout")
+MAX_PAIRS = 1 << 24
+"""Pairs beyond the listed neighbours that are kept; more are counted in a streaming pass."""
 
 
-def nl2(distance: NDArray[Any]) -> NDArray[np.float64]:
-    """Normalised L2 of every listed pair, [Q, n] from ascending distances [Q, n]; lower is nearer.
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs inside the widest band that are not among the listed neighbours.
 
-        nL2_j = d_j / (alpha * mean(d_1 .. d_n)),   alpha = 0.5,   range of nL2_1: [0, 2]
-
-    Where the mean is 0, all n neighbours are exact copies, and their score is 0.
-    The mean is summed neighbour by neighbour, so that every machine gets the same bits.
-    Source: Carlini et al. 2023 (Extracting Training Data from Diffusion Models), as in AMG, eq. 8.
-    Raises MembenchError for NaN or an empty array.
+    image: int32 [P]; index: int32 [P], the reference; distance: float32 [P]. Sorted by image.
     """
-    if distance.ndim != 2 or distance.size == 0 or not np.isfinite(distance).all():
-        raise MembenchError("normalised L2 needs finite distances of shape [Q, n]")
-    d = distance.astype(np.float64)
-    mean = np.zeros(len(d))
-    for column in d.T:
-        mean += column
-    mean /= d.shape[1]
-    return np.divide(d, ALPHA * mean[:, None], out=np.zeros_like(d), where=mean[:, None] > 0)
+
+    image: NDArray[np.int32]
+    index: NDArray[np.int32]
+    distance: NDArray[np.float32]
+
+    @classmethod
+    def none(cls) -> Pairs:
+        return cls(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Exact counts of all pairs of one band, for bands with more pairs than are kept.
+
+    count: int32 [N], the images that match each reference; total: int64 [N], the sum of their
+    indices, which is the image itself where there is one.
+    """
+
+    count: NDArray[np.int32]
+    total: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Side:
+    """The nearest references of Q images among n.
+
+    listed: the k nearest; beyond: the other pairs of the widest band; counted: by band, where
+    `beyond` would be too long; near_duplicates: how many references have another within the card's
+    near-duplicate distance, None if that was not looked for.
+    index is the row of the data set's split; with `dedup_reference` only `n` of the `rows` are
+    compared with.
+    """
+
+    listed: Neighbours
+    n: int
+    rows: int
+    beyond: Pairs = field(default_factory=Pairs.none)
+    counted: dict[str, Counted] = field(default_factory=dict)
+    near_duplicates: int | None = None
+
+    def __post_init__(self) -> None:
+        index, k = self.listed.index, self.listed.index.shape[1]
+        if k > self.n or self.n > self.rows:
+            raise MembenchError(f"{k} neighbours listed, but there are only {self.n} images")
+        for found in (index, self.beyond.index):
+            if found.size and not 0 <= found.min() <= found.max() < self.rows:
+                raise MembenchError(f"index {found.max()} is beyond the {self.rows} references")
+        if (np.diff(np.sort(index, axis=1), axis=1) == 0).any():
+            raise MembenchError("an image lists the same neighbour twice")
+        if len(self.beyond):
+            image = self.beyond.image
+            if image.min() < 0 or image.max() >= len(index) or (np.diff(image) < 0).any():
+                raise MembenchError("pairs beyond the list are not sorted by image")
 
 
 @dataclass(frozen=True)
 class Matches:
-    """The nearest references of Q images: members [Q, n] and, their twin, held-out images [Q, n].
+    """The nearest references of Q images: members and, their twin, as many held-out images.
 
-    **The list is complete.** For any threshold t < 2, every pair with nL2 <= t is among the n
-    listed, so that the pairs need not be stored a second time:
+    **Every pair of a band is known.** For normalised L2 and any threshold t < 2, every pair with
+    nL2 <= t is among the n listed, so that nothing need be stored a second time:
 
         nL2_j <= t < 2  <=>  d_j <= (t / 2) mean(d_1 .. d_n) < mean(d_1 .. d_n) <= d_n,
 
@@ -63,53 +104,93 @@ class Matches:
     exact copies of the image, all of score 0, and further copies may exist that are not listed:
     such an image counts as matching the n copies of lowest index. At t = 2 itself a pair may be
     missing too (all n at one distance, tied with more). If n = N, everything is listed.
+
+    For SSCD an image may have more than k references in the widest band: the others are in
+    `beyond`, and `complete` is the score down to which list and `beyond` hold every pair. Bands
+    that reach further, or with more pairs than `MAX_PAIRS`, are in `counted` or have no UMS.
     """
 
-    members: Neighbours
-    heldout: Neighbours
-    n_members: int
-    n_heldout: int
+    members: Side
+    heldout: Side
+    measure: Measure = NL2
+    complete: float = 2.0
+    flips: bool = False
 
     def __post_init__(self) -> None:
-        for name, side, size in self._sides():
-            k = side.distance.shape[1]
-            if k > size:
-                raise MembenchError(f"{k} neighbours listed, but {name} has only {size} images")
-            if side.index.max() >= size:
-                raise MembenchError(f"index {side.index.max()} is beyond the {size} of {name}")
-            if (np.diff(np.sort(side.index, axis=1), axis=1) == 0).any():
-                raise MembenchError(f"an image lists the same neighbour twice in {name}")
-        if len(self.members.index) != len(self.heldout.index):
+        for name in SIDES:
+            if not isinstance(getattr(self, name), Side):
+                raise MembenchError(f"{name} must be a Side")
+        if len(self.members.listed.index) != len(self.heldout.listed.index):
             raise MembenchError(
-                f"members and held-out neighbours are of {len(self.members.index)} and "
-                f"{len(self.heldout.index)} images; they must be the same images"
+                f"members and held-out neighbours are of {len(self.members.listed.index)} and "
+                f"{len(self.heldout.listed.index)} images; they must be the same images"
             )
 
-    def __len__(self) -> int:
-        return len(self.members.index)
+    @classmethod
+    def of(
+        cls, members: Neighbours, heldout: Neighbours, n_members: int, n_heldout: int
+    ) -> Matches:
+        """Normalised-L2 matches from the neighbours alone."""
+        return cls(Side(members, n_members, n_members), Side(heldout, n_heldout, n_heldout))
 
-    def _sides(self) -> tuple[tuple[str, Neighbours, int], ...]:
-        return (
-            ("members", self.members, self.n_members),
-            ("heldout", self.heldout, self.n_heldout),
-        )
+    def __len__(self) -> int:
+        return len(self.members.listed.index)
+
+    @property
+    def n_members(self) -> int:
+        return self.members.n
+
+    @property
+    def n_heldout(self) -> int:
+        return self.heldout.n
+
+    def side(self, name: str) -> Side:
+        """`members` or `heldout`; raises MembenchError for another name."""
+        if name not in SIDES:
+            raise MembenchError(f"side must be 'members' or 'heldout', not {name!r}")
+        side: Side = getattr(self, name)
+        return side
+
+    def covers(self, band: Band, side: str = "members") -> bool:
+        """Whether list and `beyond` hold every pair of a band."""
+        found = self.side(side)
+        if found.listed.index.shape[1] == found.n:
+            return True
+        if self.measure.sign == 1:
+            return band.upper is not None and band.upper < self.complete
+        return band.lower is not None and band.lower >= self.complete
+
+    def scores(self, side: str = "members") -> NDArray[np.float64]:
+        """Scores of the listed neighbours [Q, k], nearest first."""
+        return self.measure.score(self.side(side).listed.distance)
+
+    def scores_beyond(self, side: str = "members") -> NDArray[np.float64]:
+        """Scores of the pairs beyond the list [P]; there are none for normalised L2."""
+        found = self.side(side).beyond
+        return self.measure.score(found.distance) if len(found) else np.empty(0)
 
     def pairs(
         self, threshold: float, side: str = "members"
     ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64]]:
-        """All pairs with nL2 <= threshold < 2: (image index, reference index, score), each [P].
+        """All pairs at least as near as a threshold: (image, reference, score), each [P].
 
         Sorted by image, then nearness. side: "members" or "heldout".
-        Raises MembenchError for a threshold from which on the list is not complete, and for NaN.
+        Raises MembenchError for a threshold from which on the pairs are not complete, and for NaN.
         """
-        if not threshold < 2:
-            raise MembenchError(f"pairs are complete for thresholds below 2, not for {threshold}")
-        neighbours = {name: found for name, found, _ in self._sides()}.get(side)
-        if neighbours is None:
-            raise MembenchError(f"side must be 'members' or 'heldout', not {side!r}")
-        score = nl2(neighbours.distance)
-        image, column = np.nonzero(score <= threshold)
-        return image, neighbours.index[image, column], score[image, column]
+        band = self.measure.up_to(threshold)
+        if not self.covers(band, side) or np.isnan(threshold):
+            limit = "below" if self.measure.sign == 1 else "from"
+            raise MembenchError(
+                f"pairs are complete for thresholds {limit} {self.complete:g}, not for {threshold}"
+            )
+        found, score, more = self.side(side), self.scores(side), self.scores_beyond(side)
+        image, column = np.nonzero(band.contains(score))
+        keep = band.contains(more)
+        images = np.concatenate([image, found.beyond.image[keep]])
+        index = np.concatenate([found.listed.index[image, column], found.beyond.index[keep]])
+        scores = np.concatenate([score[image, column], more[keep]])
+        order = np.lexsort((self.measure.far(scores), images))
+        return images[order], index[order], scores[order]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes an .npz that np.load can read; the same content always gives the same bytes.
@@ -118,23 +199,32 @@ class Matches:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        contents: dict[str, Any] = {"format": _FORMAT}
-        for name, side, size in self._sides():
-            contents |= {f"{name}_distance": side.distance, f"{name}_index": side.index}
-            contents[f"n_{name}"] = size
+        contents: dict[str, Any] = {
+            "format": _FORMAT,
+            "measure": self.measure.name,
+            "complete": self.complete,
+            "flips": self.flips,
+        }
+        for name in SIDES:
+            found = self.side(name)
+            contents |= {
+                f"{name}_n": found.n,
+                f"{name}_rows": found.rows,
+                f"{name}_near_duplicates": -1
+                if found.near_duplicates is None
+                else found.near_duplicates,
+                f"{name}_distance": found.listed.distance,
+                f"{name}_index": found.listed.index,
+            }
+            contents |= {f"{name}_beyond_{k}": v for k, v in vars(found.beyond).items()}
+            contents[f"{name}_bands"] = np.array(sorted(found.counted), dtype="U")
+            for kind in ("count", "total"):
+                rows = [getattr(found.counted[band], kind) for band in sorted(found.counted)]
+                dtype = np.int32 if kind == "count" else np.int64
+                stacked = np.array(rows, dtype).reshape(len(rows), found.rows)
+                contents[f"{name}_counted_{kind}"] = stacked
 
-        def write(partial: Path) -> None:
-            with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-                for name in sorted(contents):
-                    array = np.asarray(contents[name])
-                    array = array.astype(array.dtype.newbyteorder("<"), order="C")
-                    entry = io.BytesIO()
-                    np.lib.format.write_array(entry, array, version=(1, 0), allow_pickle=False)
-                    info = zipfile.ZipInfo(f"{name}.npy", date_time=_EPOCH)
-                    info.create_system = 3
-                    archive.writestr(info, entry.getvalue())
-
-        replace_atomically(path, write)
+        write_npz(path, contents)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Matches:
@@ -144,22 +234,20 @@ class Matches:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("it is no zip archive")
             with archive as file:
-                names = set(file.files)
-                expected = {*_ARRAYS, *_NUMBERS}
-                if names != expected:
-                    raise ValueError(f"it holds {sorted(names)}, expected {sorted(expected)}")
                 content = {name: file[name] for name in file.files}
-            if content["format"] != _FORMAT:
-                raise ValueError(f"format {content['format']}, expected {_FORMAT}")
+            if "format" not in content or content["format"] != _FORMAT:
+                raise ValueError(f"format {content.get('format', '?')}, expected {_FORMAT}")
             return cls(
-                Neighbours(content["members_distance"], content["members_index"]),
-                Neighbours(content["heldout_distance"], content["heldout_index"]),
-                int(content["n_members"]),
-                int(content["n_heldout"]),
+                *(_side(content, name) for name in SIDES),
+                MEASURES[str(content["measure"])],
+                float(content["complete"]),
+                bool(content["flips"]),
             )
         except FileNotFoundError:
             raise MembenchError(f"{path}: no such matches file; run the cell again") from None
-        except (MembenchError, ValueError, TypeError, AttributeError, KeyError) as error:
+        except KeyError as error:
+            reason = f"no {error}"
+        except (MembenchError, ValueError, TypeError, AttributeError) as error:
             reason = str(error)
         except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
             reason = f"truncated or damaged ({error})"
@@ -170,30 +258,237 @@ class Matches:
         )
 
 
+def _side(content: dict[str, Any], name: str) -> Side:
+    duplicates = int(content[f"{name}_near_duplicates"])
+    bands = [str(band) for band in content[f"{name}_bands"]]
+    counts, totals = content[f"{name}_counted_count"], content[f"{name}_counted_total"]
+    rows = int(content[f"{name}_rows"])
+    for counted in (counts, totals):
+        if counted.shape != (len(bands), rows):
+            raise ValueError(f"{name}: counts of shape {counted.shape} for {rows} references")
+    return Side(
+        Neighbours(content[f"{name}_distance"], content[f"{name}_index"]),
+        int(content[f"{name}_n"]),
+        rows,
+        Pairs(*(content[f"{name}_beyond_{key}"] for key in ("image", "index", "distance"))),
+        {band: Counted(*pair) for band, *pair in zip(bands, counts, totals, strict=True)},
+        None if duplicates < 0 else duplicates,
+    )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What images are compared with: images or descriptors [N, ...], and which rows count.
+
+    keep: int32 [n], the rows compared with, None for all; near_duplicates: see `Side`.
+    """
+
+    rows: NDArray[Any]
+    keep: NDArray[np.int32] | None = None
+    near_duplicates: int | None = None
+
+    @property
+    def compared(self) -> NDArray[Any]:
+        """The rows compared with, [n, ...]."""
+        return self.rows if self.keep is None else self.rows[self.keep]
+
+    def index(self, found: NDArray[Any]) -> NDArray[np.int32]:
+        """Positions among the compared rows as rows of the split."""
+        return np.asarray(found if self.keep is None else self.keep[found], np.int32)
+
+    def __len__(self) -> int:
+        return len(self.rows) if self.keep is None else len(self.keep)
+
+
 def match(
     images: NDArray[Any],
-    members: NDArray[Any],
-    heldout_reference: NDArray[Any],
+    members: NDArray[Any] | Reference,
+    heldout_reference: NDArray[Any] | Reference,
     k: int = 50,
     progress: Callable[[int], None] | None = None,
     *,
+    measure: Measure = NL2,
+    mirrored: NDArray[Any] | None = None,
+    widest: float | None = None,
+    bands: Sequence[Band] = (),
+    max_pairs: int = MAX_PAIRS,
     memory_bytes: int = 256 * 2**20,
 ) -> Matches:
     """The nearest members of `images` [Q, ...] and, against a reference of equal size, their twin.
 
-    members, heldout_reference: [N, ...], arrays or memory maps, see `nearest`.
-    progress: called with the pairs just compared; they add up to 2 Q N.
+    images, references: images or, for SSCD, unit descriptors; arrays or memory maps (`nearest`).
+    mirrored: the same of the mirrored images, [Q, ...]: the nearer of the two counts.
+    widest: the score down to which every pair is kept (SSCD; normalised L2 needs none).
+    bands: whose pairs are counted exactly where they are too many to keep.
+    progress: called with the pairs just compared; they add up to 2 Q N (4 Q N if mirrored), plus
+    those of a second pass where one is needed.
     Raises MembenchError unless both references have the same size: a false-match rate against a
     smaller reference would flatter the method.
     """
-    if len(members) != len(heldout_reference):
+    references = [
+        given if isinstance(given, Reference) else Reference(given)
+        for given in (members, heldout_reference)
+    ]
+    if len(references[0]) != len(references[1]):
         raise MembenchError(
             f"the held-out reference must have as many images as there are members: "
-            f"{len(heldout_reference)} and {len(members)}"
+            f"{len(references[1])} and {len(references[0])}"
         )
-    return Matches(
-        nearest(images, members, k, memory_bytes=memory_bytes, progress=progress),
-        nearest(images, heldout_reference, k, memory_bytes=memory_bytes, progress=progress),
-        len(members),
-        len(heldout_reference),
+    queries = [images] if mirrored is None else [images, mirrored]
+    options: dict[str, Any] = {"memory_bytes": memory_bytes, "progress": progress}
+    sides, complete = [], []
+    for reference in references:
+        side, limit = _match(queries, reference, k, measure, widest, bands, max_pairs, options)
+        sides.append(side)
+        complete.append(limit)
+    limit = complete[int(np.argmin([measure.far(c) for c in complete]))]
+    return Matches(sides[0], sides[1], measure, limit, mirrored is not None)
+
+
+def _match(
+    queries: list[NDArray[Any]],
+    reference: Reference,
+    k: int,
+    measure: Measure,
+    widest: float | None,
+    bands: Sequence[Band],
+    max_pairs: int,
+    options: dict[str, Any],
+) -> tuple[Side, float]:
+    """One side and the score down to which all of its pairs are known."""
+    compared = reference.compared
+    listed = nearest(queries[0], compared, k, **options)
+    for more in queries[1:]:
+        listed = merge(listed, nearest(more, compared, k, **options), k)
+    beyond: Pairs | None = Pairs.none()
+    complete = 2.0
+    if measure.sign == -1:
+        last = measure.score(listed.distance)[:, -1]
+        complete = float(np.nextafter(last.max(), np.inf))
+        if widest is not None and listed.index.shape[1] < len(compared):
+            full = np.flatnonzero(last >= widest)  # their lists may end inside the band
+            beyond = _beyond(queries, compared, listed, full, widest, measure, max_pairs, options)
+            if beyond is not None:
+                complete = widest
+    counted = {}
+    uncovered = [
+        band
+        for band in bands
+        if beyond is None or not _reaches(band, measure, complete, listed, compared)
+    ]
+    if uncovered:
+        counted = _count(queries, compared, listed, uncovered, measure, options)
+    pairs = Pairs.none() if beyond is None else beyond
+    rows = len(reference.rows)
+    side = Side(
+        Neighbours(listed.distance, reference.index(listed.index)),
+        len(reference),
+        rows,
+        Pairs(pairs.image, reference.index(pairs.index), pairs.distance),
+        {band: _spread(found, reference, rows) for band, found in counted.items()},
+        reference.near_duplicates,
     )
+    return side, complete
+
+
+def _reaches(
+    band: Band, measure: Measure, complete: float, listed: Neighbours, compared: NDArray[Any]
+) -> bool:
+    side = Side(listed, len(compared), len(compared))
+    return Matches(side, side, measure, complete).covers(band)
+
+
+def _beyond(
+    queries: list[NDArray[Any]],
+    compared: NDArray[Any],
+    listed: Neighbours,
+    full: NDArray[Any],
+    widest: float,
+    measure: Measure,
+    max_pairs: int,
+    options: dict[str, Any],
+) -> Pairs | None:
+    """Pairs of the images `full` down to `widest` that their lists lack; None if too many."""
+    if not len(full):
+        return Pairs.none()
+    radius = float(measure.distances(widest, listed.distance[:1])[0])
+    taken = np.sort((full[:, None] * len(compared) + listed.index[full]).ravel())
+    keys, squares, held = [], [], 0
+    for rows in queries:
+        for query, index, squared in within(rows[full], compared, radius, **options):
+            key = full[query] * len(compared) + index
+            place = np.searchsorted(taken, key).clip(max=len(taken) - 1)
+            new = taken[place] != key
+            held += int(new.sum())
+            if held > max_pairs:
+                return None
+            keys.append(key[new])
+            squares.append(squared[new])
+    key, squared = np.concatenate(keys), np.concatenate(squares)
+    order = np.lexsort((squared, key))
+    key, squared = key[order], squared[order]
+    first = np.ones(len(key), np.bool_)  # of the two orientations the nearer one
+    first[1:] = key[1:] != key[:-1]
+    image, index = np.divmod(key[first], len(compared))
+    distance = np.sqrt(squared[first])
+    order = np.lexsort((index, distance, image))
+    return Pairs(
+        image[order].astype(np.int32),
+        index[order].astype(np.int32),
+        distance[order].astype(np.float32),
+    )
+
+
+def _count(
+    queries: list[NDArray[Any]],
+    compared: NDArray[Any],
+    listed: Neighbours,
+    bands: Sequence[Band],
+    measure: Measure,
+    options: dict[str, Any],
+) -> dict[str, Counted]:
+    """Exact counts of every pair of the bands, in one streaming pass over all references."""
+    if len(queries) > 1:
+        raise MembenchError(
+            f"the band {bands[0]} holds too many pairs to keep, and pairs of mirrored images "
+            "cannot be counted in a stream; leave it out of band_modes or turn flips off"
+        )
+    edges: list[NDArray[np.float32]] = []
+    spans = []
+    for band in bands:
+        near, far = (band.lower, band.upper) if measure.sign == 1 else (band.upper, band.lower)
+        near_open, far_open = (
+            (band.open_below, band.open_above)
+            if measure.sign == 1
+            else (band.open_above, band.open_below)
+        )
+        inner = None
+        if near is not None:
+            # a closed near edge belongs to the band: what is strictly nearer does not
+            edges.append(_radius(measure.distances(near, listed.distance), not near_open))
+            inner = len(edges) - 1
+        assert far is not None, "a band that ends nowhere"
+        edges.append(_radius(measure.distances(far, listed.distance), far_open))
+        spans.append((inner, len(edges) - 1))
+    found: Tally = tally(queries[0], compared, np.array(edges), **options)
+    return {
+        str(band): Counted(*found.band(inner, outer))
+        for band, (inner, outer) in zip(bands, spans, strict=True)
+    }
+
+
+def _radius(distance: NDArray[np.float64], strict: bool) -> NDArray[np.float32]:
+    """The largest float32 that is at most (if strict: below) each distance; `within` and the lists
+    hold distances as float32."""
+    radius = distance.astype(np.float32)
+    too_far = radius >= distance if strict else radius > distance
+    return np.where(too_far, np.nextafter(radius, np.float32(0)), radius)
+
+
+def _spread(counted: Counted, reference: Reference, rows: int) -> Counted:
+    """Counts by compared row as counts by row of the split."""
+    if reference.keep is None:
+        return counted
+    count, total = np.zeros(rows, np.int32), np.zeros(rows, np.int64)
+    count[reference.keep], total[reference.keep] = counted.count, counted.total
+    return Counted(count, total)

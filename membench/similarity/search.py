@@ -1,4 +1,4 @@
-"""Exact k nearest neighbours by L2, in blocks, within a stated memory bound.
+"""Exact k nearest neighbours and range search by L2, in blocks, within a stated memory bound.
 
 Float32 matrix products only *filter*: by a proven margin no true neighbour is lost. Distances of
 the survivors are computed in integers, so the answer is that of brute force, whatever the machine,
@@ -25,6 +25,9 @@ for any order of summation (Higham, Accuracy and Stability of Numerical Algorith
 For uint8 the centre is an integer image, so `a` and `b` are exact; for floats their rounding adds
 `2 u (|a| + |b|)^2`. So whatever is within a squared distance s has a computed rank of at most
 (stretch * s - |a|^2) / 2 + margin, and k known distances of at most s let all others be dropped.
+Conversely, where features are values, a computed rank of at most (s - |a|^2) / 2 - margin proves a
+pair to be within s. For floats both also hold for the squared distance that float64 gives: half of
+`2 u (|a| + |b|)^2` is to spare, far more than its rounding, D 2^-53 (|a| + |b|)^2.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from membench.errors import MembenchError
+from membench.similarity.pages import release
 
 Array = NDArray[Any]
 
@@ -49,6 +53,7 @@ _SMOOTH = 0.9  # share of the squared distance that patches must keep to be wort
 _USEFUL = 1 / 32  # share of pairs left to refine beyond which patches cost more than they save
 _REFINED = 64  # pairs refined at a time: their rows stay in the cache
 _PAIR_BYTES = 52  # working memory of one pair of a tile, if every pair survives
+_STREAMED_BYTES = 84  # the same for range search, with the pairs that the caller still holds
 
 
 @dataclass(frozen=True)
@@ -87,17 +92,20 @@ def nearest(
 ) -> Neighbours:
     """The exact k nearest references of every query by L2; k = N if there are only N < k.
 
-    queries, reference: uint8 images [*, H, W, C] or [*, D], or float32/float64 descriptors [*, D];
-    arrays or memory maps of any length, which are read block by block.
+    queries, reference: uint8 images [*, H, W, C] or [*, D], or descriptors [*, D] of float16,
+    float32 or float64, also of two of them; arrays or memory maps of any length, which are read
+    block by block and whose pages are given back, so that they never fill the memory.
     memory_bytes: bound of the working memory (without the inputs and the result).
     progress: called after each block with the number of (query, reference) pairs it compared;
     they add up to Q * N.
 
     For uint8 the order is that of the integer squared distance; for floats that of the squared
-    distance in float64. Raises MembenchError for wrong shapes or dtypes, empty input, NaN, infinite
+    distance of the stored values in float64. Raises MembenchError for wrong shapes or dtypes, empty input, NaN, infinite
     or huge values, and a memory bound that is too small for a single pair.
     """
-    _check(queries, reference, k)
+    if k < 1:
+        raise MembenchError(f"k must be at least 1, not {k}")
+    _check(queries, reference)
     queries, reference = np.asarray(queries), np.asarray(reference)  # a memory map stays one
     k = min(k, len(reference))
     q_rows, r_rows = _tile(queries, reference, k, memory_bytes)
@@ -110,8 +118,144 @@ def nearest(
         squared, index[rows] = _nearest_to_block(
             queries[rows], reference, k, centre, patches, r_rows, progress
         )
-        distance[rows] = np.sqrt(squared) / (255 if queries.dtype == np.uint8 else 1)
+        distance[rows] = _distance(squared, queries.dtype)
     return Neighbours(distance, index)
+
+
+def merge(first: Neighbours, second: Neighbours, k: int) -> Neighbours:
+    """The k nearest of two searches of one reference, if the smaller of both distances counts.
+
+    Row q of `first` and of `second` belong together: a query and its mirror image, so that copies
+    which a model flipped are found too. k is cut to the shorter of the two lists (which holds the
+    whole reference if that has fewer than k images). Nearest first, ties by lowest index.
+
+    **The lists hold all that is needed.** Let j be among the k first by (min(d1, d2), index), with
+    min(d1, d2)(j) = d1(j); else swap the lists. Whatever comes before j by (d1, index) comes before
+    it by (min(d1, d2), index) as well, since min(d1, d2) <= d1. These are fewer than k, so j is in
+    the first list, with its smaller distance. Rounding to float32 is monotone, so the distances
+    returned are those of the true k nearest; where float32 makes distances equal that were not,
+    they count as ties among the entries of both lists.
+
+    Raises MembenchError for k < 1 and lists of different numbers of queries.
+    """
+    if k < 1:
+        raise MembenchError(f"k must be at least 1, not {k}")
+    if len(first.index) != len(second.index):
+        raise MembenchError(
+            f"the neighbours to merge are of {len(first.index)} and {len(second.index)} queries; "
+            "they must be of the same images"
+        )
+    k = min(k, first.index.shape[1], second.index.shape[1])
+    index = np.concatenate([first.index[:, :k], second.index[:, :k]], axis=1)
+    distance = np.concatenate([first.distance[:, :k], second.distance[:, :k]], axis=1)
+    by_index = np.lexsort((distance, index), axis=1)
+    index, distance = (np.take_along_axis(x, by_index, axis=1) for x in (index, distance))
+    farther = np.zeros(index.shape, bool)  # the second, not smaller distance of one reference
+    farther[:, 1:] = index[:, 1:] == index[:, :-1]
+    nearest_first = np.lexsort((index, distance, farther), axis=1)[:, :k]
+    return Neighbours(
+        np.take_along_axis(distance, nearest_first, axis=1),
+        np.take_along_axis(index, nearest_first, axis=1),
+    )
+
+
+def within(
+    queries: Array,
+    reference: Array,
+    radius: float | Array,
+    *,
+    memory_bytes: int = 256 * 2**20,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64]]]:
+    """Every pair of a query and a reference at a distance <= radius, in pieces of bounded size.
+
+    queries, reference, memory_bytes, progress: as for `nearest`. The bound includes one piece.
+    radius: one for all or [Q], in the unit of the distances of `nearest` (pixels in [0, 1] for
+    uint8). Both are compared as float32, the precision of those distances, so a pair exactly at the
+    edge is in, and `within` finds what `nearest(...).distance <= radius` does.
+
+    Yields (query int64 [P], index int32 [P], squared float64 [P]), P >= 1, sorted by query and then
+    index within a piece. squared: the squared distance in the unit of radius^2; for uint8 it is
+    the integer squared distance / 255^2. Each pair comes once, whatever the blocks.
+    Raises MembenchError like `nearest`, and for a radius that is negative, NaN or of another shape.
+    """
+    _check(queries, reference)
+    queries, reference = np.asarray(queries), np.asarray(reference)
+    radii = _radii(radius, len(queries), ((), (len(queries),)))
+
+    def pieces() -> Iterator[tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64]]]:
+        for piece in _pieces_within(queries, reference, radii, memory_bytes, progress):
+            found, own = piece.found, radii[piece.rows]
+            squared = _refine(found, queries[piece.rows], reference)
+            close = _distance(squared, queries.dtype) <= own[found.query]
+            if close.any():
+                query = found.query[close].astype(np.int64) + piece.rows.start
+                yield query, found.index[close], squared[close] / _unit(queries.dtype) ** 2
+
+    return pieces()
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How many queries lie within radius t of each reference, and the sum of their indices.
+
+    count: int32 [T, N]. total: int64 [T, N].
+    """
+
+    count: NDArray[np.int32]
+    total: NDArray[np.int64]
+
+    def band(self, inner: int | None, outer: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Count and total [N] of the pairs within radius number `outer` but not within `inner`.
+
+        inner: None for all within `outer`; otherwise a radius that nowhere exceeds the outer one.
+        """
+        if inner is None:
+            return self.count[outer], self.total[outer]
+        return self.count[outer] - self.count[inner], self.total[outer] - self.total[inner]
+
+
+def tally(
+    queries: Array,
+    reference: Array,
+    radii: Array,
+    *,
+    memory_bytes: int = 256 * 2**20,
+    progress: Callable[[int], None] | None = None,
+) -> Tally:
+    """Counts, for each reference and radius, exactly the pairs that `within` would stream.
+
+    queries, reference, memory_bytes, progress: as for `nearest`; one pass serves all radii.
+    radii: [T], or [T, Q] for radii of each query; unit and comparison as for `within`.
+    Distances are computed only of pairs whose rank, with its margin, does not decide.
+    Raises MembenchError like `within`.
+    """
+    _check(queries, reference)
+    queries, reference = np.asarray(queries), np.asarray(reference)
+    given = np.asarray(radii)
+    n_radii = len(given) if given.ndim else 0
+    bounds = _radii(given, len(queries), ((n_radii,), (n_radii, len(queries))))
+    count = np.zeros((n_radii, len(reference)), np.int32)
+    total = np.zeros((n_radii, len(reference)), np.int64)
+    widest = bounds.max(axis=0)
+    for piece in _pieces_within(queries, reference, widest, memory_bytes, progress):
+        found, columns = piece.found, piece.columns
+        limits = [piece.limits(own, queries.dtype) for own in bounds[:, piece.rows]]
+        unsure = np.zeros(len(found), bool)
+        for sure, possible in limits:
+            unsure |= (found.rank > sure[found.query]) & (found.rank <= possible[found.query])
+        squared = _refine(found[unsure], queries[piece.rows], reference)
+        distance = _distance(squared, queries.dtype)
+        for t, (sure, _) in enumerate(limits):
+            inside = found.rank <= sure[found.query]
+            inside[unsure] = distance <= bounds[t, piece.rows][found.query[unsure]]
+            column = found.index[inside] - columns.start
+            query = found.query[inside].astype(np.float64) + piece.rows.start
+            size = columns.stop - columns.start
+            count[t, columns] += np.bincount(column, minlength=size).astype(np.int32)
+            sums = np.bincount(column, query, minlength=size)  # integers far below 2^53
+            total[t, columns] += sums.astype(np.int64)
+    return Tally(count, total)
 
 
 @dataclass
@@ -179,6 +323,7 @@ class _Filter:
     def ranks(self, block: Array) -> NDArray[np.float32]:
         """Computed ranks [Q, r]; they live until the next call."""
         b = self._features(block)
+        release(block)
         b_squared = np.einsum("ij,ij->i", b, b)
         self.b_norm = max(self.b_norm, math.sqrt(float(b_squared.max()) / (1 - self.gamma)))
         ranks: NDArray[np.float32] = self.products[:, : len(b)]
@@ -214,6 +359,71 @@ class _Filter:
         return features
 
 
+@dataclass
+class _Piece:
+    """Pairs of a block of queries and a block of references that may be within a radius."""
+
+    rows: slice
+    columns: slice
+    found: _Candidates  # query: within the block; index: into the whole reference
+    filter_: _Filter
+
+    def limits(
+        self, radius: NDArray[np.float32], dtype: np.dtype[Any]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Computed ranks up to which a pair is surely, and beyond which it is not, within."""
+        margin = self.filter_.margin()
+        surely, possibly = _squared_limits(radius, dtype)
+        possible = _float32_above(self.filter_.rank_of(possibly) + margin)
+        if not self.filter_.is_rank:
+            return np.full_like(possible, -np.inf), possible
+        return -_float32_above(margin - self.filter_.rank_of(surely)), possible
+
+
+def _pieces_within(
+    queries: Array,
+    reference: Array,
+    radius: NDArray[np.float32],
+    memory_bytes: int,
+    progress: Callable[[int], None] | None,
+) -> Iterator[_Piece]:
+    """All pairs within radius [Q], and some more, by blocks of queries, then of references."""
+    q_rows, r_rows = _tile(queries, reference, 0, memory_bytes, _STREAMED_BYTES)
+    centre, patches = _centre(reference)
+    patches = patches and queries.ndim == 4
+    for start in range(0, len(queries), q_rows):
+        rows = slice(start, min(start + q_rows, len(queries)))
+        _, possibly = _squared_limits(radius[rows], queries.dtype)
+        filter_ = _choose_filter(queries[rows], reference, centre, patches, r_rows, possibly)
+        limit = filter_.rank_of(possibly)
+        for first in range(0, len(reference), r_rows):
+            columns = slice(first, min(first + r_rows, len(reference)))
+            rank = filter_.ranks(reference[columns])
+            bound = _float32_above(limit + filter_.margin())[:, None]
+            found = _Candidates.where(rank <= bound, rank, first)
+            if progress is not None:
+                progress(rank.size)
+            if len(found):
+                yield _Piece(rows, columns, found, filter_)
+
+
+def _choose_filter(
+    queries: Array,
+    reference: Array,
+    centre: Array,
+    patches: bool,
+    r_rows: int,
+    squared: NDArray[np.float64],
+) -> _Filter:
+    """By 2 x 2 patches where these leave few pairs within `squared` [Q], else by values."""
+    if patches:
+        filter_ = _Filter(queries, centre, 2, r_rows)
+        rank = filter_.ranks(reference[:: -(-len(reference) // r_rows)])
+        if np.count_nonzero(rank <= filter_.rank_of(squared)[:, None]) <= _USEFUL * rank.size:
+            return filter_
+    return _Filter(queries, centre, 1, r_rows)
+
+
 def _nearest_to_block(
     queries: Array,
     reference: Array,
@@ -226,17 +436,13 @@ def _nearest_to_block(
     """Squared distances [Q, k] (integers for uint8) and indices [Q, k] for one block of queries."""
     n_queries = len(queries)
     room = _PENDING * k * n_queries
-    limit = np.full(n_queries, np.inf)  # no neighbour that is still missing has a larger true rank
-    filter_ = _Filter(queries, centre, 2 if patches else 1, r_rows)
+    farthest = np.full(n_queries, np.inf)
     if patches:
         likely = _likely(_Filter(queries, centre, 4, r_rows), reference, 2 * k, r_rows)
         squared = np.sort(_refine(likely, queries, reference).reshape(n_queries, -1), axis=1)
         farthest = squared[:, k - 1]
-        limit = filter_.rank_of(farthest)
-        rank = filter_.ranks(reference[:: -(-len(reference) // r_rows)])
-        if np.count_nonzero(rank <= limit[:, None]) > _USEFUL * rank.size:
-            filter_ = _Filter(queries, centre, 1, r_rows)
-            limit = filter_.rank_of(farthest)
+    filter_ = _choose_filter(queries, reference, centre, patches, r_rows, farthest)
+    limit = filter_.rank_of(farthest)  # no neighbour that is still missing has a larger true rank
 
     found = _Candidates.none()
     for start in range(0, len(reference), r_rows):
@@ -320,7 +526,52 @@ def _refine(found: _Candidates, queries: Array, reference: Array) -> NDArray[np.
         pairs = order[start : start + _REFINED]
         rows = _rows(reference[found.index[pairs]])
         squared[pairs] = _squared(rows, _rows(queries[found.query[pairs]]))
+        release(reference[found.index[pairs[0]] : found.index[pairs[-1]] + 1])
+    release(queries)
     return squared
+
+
+def _unit(dtype: np.dtype[Any]) -> int:
+    """How many of the units that squared distances are computed in make up one of distances."""
+    return 255 if dtype == np.uint8 else 1
+
+
+def _distance(squared: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[np.float32]:
+    """Distances as they are returned, of squared ones as they are computed."""
+    distance: NDArray[np.float32] = (np.sqrt(squared) / _unit(dtype)).astype(np.float32)
+    return distance
+
+
+def _squared_limits(
+    radius: NDArray[np.float32], dtype: np.dtype[Any]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Squared distances up to which `_distance` is surely, beyond which it is not <= radius.
+
+    What rounds to the radius ends half way to the next float32: the rounding of float64 in between
+    is too small to matter.
+    """
+    above = np.nextafter(radius, np.float32(np.inf))
+    unit = _unit(dtype)
+    return (unit * radius.astype(np.float64)) ** 2, (unit * above.astype(np.float64)) ** 2
+
+
+def _radii(
+    radius: float | Array, n_queries: int, shapes: tuple[tuple[int, ...], ...]
+) -> NDArray[np.float32]:
+    """Radii as float32 [..., Q]; given in one of two shapes, without and with the queries."""
+    given = np.asarray(radius)
+    if given.dtype.kind not in "fiu" or given.shape not in shapes or given.size == 0:
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise MembenchError(
+            f"radii must be numbers of shape {expected}, not {given.dtype} of {list(given.shape)}"
+        )
+    if not (given >= 0).all():
+        raise MembenchError("radii must be >= 0 and not NaN")
+    with np.errstate(over="ignore"):  # beyond every distance is infinite enough
+        rounded = given.astype(np.float32)
+    if given.shape == shapes[0]:
+        rounded = rounded[..., None]
+    return np.broadcast_to(rounded, (*shapes[0], n_queries))
 
 
 def _squared(x: Array, y: Array) -> NDArray[np.float64]:
@@ -355,6 +606,7 @@ def _centre(reference: Array) -> tuple[Array, bool]:
     """
     sample = reference[:: -(-len(reference) // 256)]
     mean: Array = sample.mean(axis=0, dtype=np.float64)
+    release(reference)
     if reference.dtype != np.uint8:
         return mean.astype(reference.dtype), False
     centre = np.rint(mean).astype(np.uint8)
@@ -378,7 +630,9 @@ def _rows(x: Array) -> Array:
     return x.reshape(len(x), -1)
 
 
-def _tile(queries: Array, reference: Array, k: int, memory_bytes: int) -> tuple[int, int]:
+def _tile(
+    queries: Array, reference: Array, k: int, memory_bytes: int, pair_bytes: int = _PAIR_BYTES
+) -> tuple[int, int]:
     """Rows of the query and reference blocks whose product fits into the memory bound."""
     d = _features(reference)
     # features and the temporaries of making them; then the temporaries of one step of `_refine`
@@ -386,7 +640,7 @@ def _tile(queries: Array, reference: Array, k: int, memory_bytes: int) -> tuple[
     fixed = _REFINED * refined + 2**15
 
     def bytes_needed(q: int, r: int) -> int:
-        return fixed + (q + r) * row + q * (r + _PENDING * k) * _PAIR_BYTES
+        return fixed + (q + r) * row + q * (r + _PENDING * k) * pair_bytes
 
     q, r = min(len(queries), 2048), min(len(reference), 1024)
     while bytes_needed(q, r) > memory_bytes:
@@ -403,16 +657,14 @@ def _features(x: Array) -> int:
     return int(np.prod(x.shape[1:]))
 
 
-def _check(queries: Array, reference: Array, k: int) -> None:
+def _check(queries: Array, reference: Array) -> None:
     """Refuses input that cannot be compared, in one line that says why."""
-    if k < 1:
-        raise MembenchError(f"k must be at least 1, not {k}")
     for name, x in (("queries", queries), ("reference", reference)):
         if not isinstance(x, np.ndarray) or x.ndim not in (2, 4):
             what = f"shape {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
             raise MembenchError(f"{name} must be an array [*, H, W, C] or [*, D], not {what}")
-        if x.dtype not in (np.uint8, np.float32, np.float64):
-            raise MembenchError(f"{name} must be uint8, float32 or float64, not {x.dtype}")
+        if x.dtype not in (np.uint8, np.float16, np.float32, np.float64):
+            raise MembenchError(f"{name} must be uint8, float16, float32 or float64, not {x.dtype}")
         if x.size == 0:
             raise MembenchError(f"{name} are empty: shape {x.shape}")
     if _features(queries) != _features(reference) or (
@@ -429,11 +681,14 @@ def _check(queries: Array, reference: Array, k: int) -> None:
     if len(reference) >= 2**31:
         raise MembenchError(f"the reference has {len(reference)} rows; the limit is 2^31 - 1")
     for name, x in (("queries", queries), ("reference", reference)):
-        if x.dtype != np.uint8 and not all(np.abs(b).max() <= _LARGEST for b in _blocks(x)):
+        # as Python floats: float16 would round the limit to infinity
+        if x.dtype != np.uint8 and not all(float(np.abs(b).max()) <= _LARGEST for b in _blocks(x)):
             raise MembenchError(f"{name} hold NaN, infinite or huge (> {_LARGEST:g}) values")
 
 
 def _blocks(x: Array) -> Iterator[Array]:
-    """x in pieces of about one MiB."""
+    """x in pieces of about one MiB, given back once they are used."""
     rows = max(1, 2**20 // (_features(x) * x.dtype.itemsize))
-    return (x[start : start + rows] for start in range(0, len(x), rows))
+    for start in range(0, len(x), rows):
+        yield x[start : start + rows]
+        release(x[start : start + rows])

@@ -1,0 +1,308 @@
+"""Comparing images with a data set: artifacts of neighbours, near-duplicates and the null.
+
+Needs a data set and a store, no target: `run` compares generated images, `calibrate` real held-out
+ones and `score` images that some other tool made, all through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from membench.data.imageset import Dataset, ImageSet
+from membench.errors import MembenchError
+from membench.files import write_npz
+from membench.scoring import calibrate_from
+from membench.similarity.duplicates import keep_first, nearest_other_rmse, nearest_rmse
+from membench.similarity.matches import Matches, Reference, match
+from membench.similarity.measures import MEASURES, Band, Measure
+from membench.specs import Similarity
+from membench.store import Artifact, Store, Work
+
+if TYPE_CHECKING:
+    from membench.lab import Progress
+
+VERSIONS = {"search": 2, "facts": 1}
+"""Of the code behind each kind of artifact: raise one when its results change."""
+MATCHES, FACTS = "matches.npz", "facts.npz"
+Queries = Callable[[], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a data set before anything is generated, independent of any score.
+
+    heldout_rmse [H]: of every held-out image to the nearest member; members_rmse [N] and twin_rmse
+    [N]: of every member, and held-out twin, to the nearest other one (all of thumbnails, float32).
+    members_keep, twin_keep: bool [N], the first of every group of near-duplicates.
+    members_labels [N], heldout_labels [H]: int64; members_index [N]: row in the source, int64.
+    """
+
+    heldout_rmse: NDArray[np.float32]
+    members_rmse: NDArray[np.float32]
+    twin_rmse: NDArray[np.float32]
+    members_keep: NDArray[np.bool_]
+    twin_keep: NDArray[np.bool_]
+    members_labels: NDArray[np.int64]
+    heldout_labels: NDArray[np.int64]
+    members_index: NDArray[np.int64]
+
+    @classmethod
+    def load(cls, path: Path) -> Facts:
+        """Read what `Matcher.facts` wrote; a MembenchError names a file that is something else."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return cls(**{name: file[name] for name in file.files})
+        except FileNotFoundError:
+            raise MembenchError(f"{path}: no such file; run the cell again") from None
+        except (ValueError, TypeError, OSError, EOFError) as error:
+            raise MembenchError(f"{path}: truncated or damaged ({error}); run again") from None
+
+    def null_rows(self, similarity: Similarity) -> NDArray[np.bool_]:
+        """Which held-out images make the null: no near-duplicate of a member and, where labels are
+        identities that must be distinct, no member of the same identity."""
+        keep = self.heldout_rmse > similarity.near_duplicate_rmse
+        if similarity.distinct_labels:
+            keep &= ~np.isin(self.heldout_labels, self.members_labels)
+        return keep
+
+    def near_duplicates(self, similarity: Similarity) -> tuple[int, int]:
+        """How many members, and twins, have another one within the near-duplicate distance."""
+        limit = similarity.near_duplicate_rmse
+        return int((self.members_rmse <= limit).sum()), int((self.twin_rmse <= limit).sum())
+
+
+@dataclass(frozen=True)
+class Matcher:
+    """A data set, a similarity (the card's or another), and where results are kept."""
+
+    dataset: Dataset
+    similarity: Similarity
+    store: Store
+    progress: Progress
+    device: str = "cpu"
+
+    @property
+    def measure(self) -> Measure:
+        return MEASURES[self.similarity.name]
+
+    # -- the data set ---------------------------------------------------------------------------
+
+    def facts(self) -> Artifact[Facts]:
+        """Near-duplicates, labels and source rows of the data set."""
+        splits = self.dataset.card.splits
+        identity = {
+            "version": VERSIONS["facts"],
+            "members": splits.members.images_sha256,
+            "heldout": splits.heldout.images_sha256,
+            "labels": [splits.members.labels_sha256, splits.heldout.labels_sha256],
+            "index": splits.members.index_sha256,
+            "near_duplicate_rmse": self.similarity.near_duplicate_rmse,
+        }
+        limit = self.similarity.near_duplicate_rmse
+
+        def make(folder: Path, work: Work) -> None:
+            members, heldout = self.dataset.members, self.dataset.heldout
+            twin = self.dataset.heldout_twin.images
+            n, h = len(members), len(heldout)
+            with self.progress("near-duplicates", h * n + n * n + len(twin) ** 2, "pairs") as go:
+                found = {
+                    "heldout_rmse": nearest_rmse(heldout.images, members.images, progress=go),
+                    "members_rmse": nearest_other_rmse(members.images, progress=go),
+                    "twin_rmse": nearest_other_rmse(twin, progress=go),
+                }
+            found |= {
+                "members_keep": _keep(members.images, found["members_rmse"], limit),
+                "twin_keep": _keep(twin, found["twin_rmse"], limit),
+                "members_labels": np.asarray(members.labels, np.int64),
+                "heldout_labels": np.asarray(heldout.labels, np.int64),
+                "members_index": np.asarray(members.index, np.int64),
+            }
+            write_npz(folder / FACTS, found)
+
+        return Artifact(
+            "facts", "near-duplicates", identity, make, lambda folder: Facts.load(folder / FACTS)
+        )
+
+    # -- matches --------------------------------------------------------------------------------
+
+    def matches(self, images: Artifact[Any], *, title: str) -> Artifact[Matches]:
+        """Nearest members and nearest held-out twins of generated images (`Lab.images`)."""
+
+        def queries() -> NDArray[Any]:
+            return np.asarray(self.store.get(images).images)
+
+        described = {"queries": "generated"}
+        return self._matches(queries, title, described, (images,), images=images)
+
+    def matches_of(
+        self, images: NDArray[Any], images_sha256: str, *, title: str
+    ) -> Artifact[Matches]:
+        """The same of images from elsewhere, uint8 [N_G, H, W, C]."""
+        described = {"queries": "given", "images": images_sha256}
+        return self._matches(lambda: images, title, described, (), given=(images, images_sha256))
+
+    def null(self, *, title: str = "calibration") -> Artifact[Matches]:
+        """Nearest members of every real held-out image: the null that calibrates the bands."""
+        card = self.dataset.card
+        described = {"queries": "heldout", "images": card.splits.heldout.images_sha256}
+        return self._matches(
+            lambda: self.dataset.heldout.images, title, described, (), split="heldout"
+        )
+
+    def _matches(
+        self,
+        queries: Queries,
+        title: str,
+        described: dict[str, Any],
+        inputs: tuple[Artifact[Any], ...],
+        **source: Any,
+    ) -> Artifact[Matches]:
+        card, similarity = self.dataset.card, self.similarity
+        is_null = source.get("split") == "heldout"
+        facts = self.facts()
+        features = _Features(self, source)
+        null = None if is_null or similarity.name == "nl2" else self.null()
+        identity = described | {
+            "version": VERSIONS["search"],
+            "similarity": similarity.name,
+            "neighbours": similarity.neighbours,
+            "flips": similarity.flips,
+            "dedup_reference": similarity.dedup_reference,
+            "members": card.splits.members.images_sha256,
+            "heldout": card.splits.heldout.images_sha256,
+            "heldout_rows": len(self.dataset.heldout_twin),
+            "near_duplicate_rmse": similarity.near_duplicate_rmse,
+        }
+        if not is_null:
+            identity["band_modes"] = list(similarity.band_modes)
+            identity["false_match_rates"] = similarity.false_match_rates.identity()
+        if features.choice is not None:
+            identity["distinct_labels"] = similarity.distinct_labels
+
+        def make(folder: Path, work: Work) -> None:
+            known = self.store.get(facts)
+            members, twin = (self._reference(name, known, features) for name in ("members", "twin"))
+            images = features.queries(queries, mirrored=False)
+            mirrored = features.queries(queries, mirrored=True) if similarity.flips else None
+            widest, bands = self._edges(null, known) if not is_null else (None, [])
+            passes = 4 if similarity.flips else 2
+            with self.progress(title, passes * len(images) * len(members), "pairs") as advance:
+                found = match(
+                    images,
+                    members,
+                    twin,
+                    k=similarity.neighbours,
+                    progress=advance,
+                    measure=self.measure,
+                    mirrored=mirrored,
+                    widest=widest,
+                    bands=bands,
+                )
+            found.save(folder / MATCHES)
+
+        needs = (*inputs, facts, *features.inputs, *(() if null is None else (null,)))
+        return Artifact(
+            "matches", title, identity, make, lambda folder: Matches.load(folder / MATCHES), needs
+        )
+
+    def _edges(
+        self, null: Artifact[Matches] | None, facts: Facts
+    ) -> tuple[float | None, list[Band]]:
+        """The widest threshold of any band and the bands whose pairs may be too many to keep."""
+        calibrated: dict[str, float | None] = {}
+        if null is not None:
+            keep = facts.null_rows(self.similarity)
+            calibrated = calibrate_from(self.store.get(null), keep, self.similarity).values
+        bands = [
+            band
+            for mode in self.similarity.band_modes
+            if mode != "calibrated" or null is not None
+            for band in self.measure.bands(mode, calibrated).values()
+            if band is not None
+        ]
+        if self.measure.sign == 1:
+            return None, [b for b in bands if b.upper is not None and b.upper >= 2]
+        return min(b.lower for b in bands if b.lower is not None), bands
+
+    def _reference(self, name: str, facts: Facts, features: _Features) -> Reference:
+        is_member = name == "members"
+        rows = features.reference(name)
+        duplicates = facts.near_duplicates(self.similarity)[0 if is_member else 1]
+        if not self.similarity.dedup_reference:
+            return Reference(rows, None, duplicates)
+        kept = [np.flatnonzero(k) for k in (facts.members_keep, facts.twin_keep)]
+        size = len(kept[0])
+        if len(kept[1]) < size:
+            raise MembenchError(
+                f"{self.dataset.card.name}: dedup_reference leaves {size} members but only "
+                f"{len(kept[1])} held-out twins; turn it off or add held-out images"
+            )
+        return Reference(rows, kept[0 if is_member else 1][:size].astype(np.int32), duplicates)
+
+
+def _keep(images: NDArray[Any], rmse: NDArray[Any], limit: float) -> NDArray[np.bool_]:
+    """The first of every group of near-duplicates; most sets have few, which alone are compared."""
+    keep = np.ones(len(images), np.bool_)
+    suspects = np.flatnonzero(rmse <= limit)
+    if len(suspects):
+        keep[suspects] = keep_first(np.asarray(images[suspects]), limit)
+    return keep
+
+
+@dataclass(frozen=True)
+class _Features:
+    """What stands for an image in the search: its pixels, or a descriptor's artifacts."""
+
+    matcher: Matcher
+    source: dict[str, Any]
+
+    @property
+    def choice(self) -> Any:
+        return self.matcher.similarity.descriptor
+
+    def _of_queries(self, mirrored: bool) -> Artifact[NDArray[Any]]:
+        from membench import described
+
+        matcher = self.matcher
+        options = (self.choice, matcher.store, matcher.progress, matcher.device, mirrored)
+        if "images" in self.source:
+            return described.of_images(self.source["images"], *options)
+        if "given" in self.source:
+            return described.of_array(*self.source["given"], *options)
+        return described.of_split(matcher.dataset, self.source["split"], *options)
+
+    def _of_reference(self, split: str) -> Artifact[NDArray[Any]]:
+        from membench import described
+
+        matcher = self.matcher
+        return described.of_split(
+            matcher.dataset, split, self.choice, matcher.store, matcher.progress, matcher.device
+        )
+
+    @property
+    def inputs(self) -> tuple[Artifact[Any], ...]:
+        if self.choice is None:
+            return ()
+        own = [self._of_queries(m) for m in (False, True)[: 1 + self.matcher.similarity.flips]]
+        return (*own, self._of_reference("members"), self._of_reference("heldout"))
+
+    def queries(self, images: Queries, *, mirrored: bool) -> NDArray[Any]:
+        if self.choice is not None:
+            return self.matcher.store.get(self._of_queries(mirrored))
+        pixels = images()
+        return np.ascontiguousarray(pixels[:, :, ::-1]) if mirrored else pixels
+
+    def reference(self, name: str) -> NDArray[Any]:
+        dataset = self.matcher.dataset
+        if self.choice is None:
+            images: ImageSet = dataset.members if name == "members" else dataset.heldout_twin
+            return images.images
+        split = "members" if name == "members" else "heldout"
+        rows = self.matcher.store.get(self._of_reference(split))
+        return rows if name == "members" else rows[: len(dataset.heldout_twin)]
