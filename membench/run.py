@@ -162,6 +162,7 @@ def prepare(
     seed: int = 0,
     attack_seed: int = 0,
     device: str = "auto",
+    descriptor_weights: Path | None = None,
 ) -> Cell:
     """Resolve names and defaults into a cell; nothing is computed or written yet."""
     plugin = registry.method(method)
@@ -197,7 +198,8 @@ def prepare(
     except ValueError as error:
         raise MembenchError(f"--steps: {error}") from None
 
-    lab = Lab(data, model, Store(results), progress, spec.device, spec.attack_seed)
+    store, seed = Store(results), spec.attack_seed
+    lab = Lab(data, model, store, progress, spec.device, seed, registry, descriptor_weights)
     return build_cell(spec, plugin, lab)
 
 
