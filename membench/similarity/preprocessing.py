@@ -60,7 +60,7 @@ class Preprocessing:
         if self.crop is not None:
             top, left = (round((edge - self.crop) / 2) for edge in images.shape[1:3])
             images = images[:, top : top + self.crop, left : left + self.crop]
-        return np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3)))
+        return np.array(np.broadcast_to(images, (*images.shape[:3], 3)), order="C")  # a copy
 
     def normalise(self, images: np.ndarray) -> np.ndarray:
         """uint8 [B, H, W, 3] as float32 [B, 3, H, W]: (x / 255 - mean) / std."""
