@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from membench.plugins import Method
+from membench.plugins import Descriptor, Method
 from membench.registry import Broken, Registry, unknown
 from membench.specs import DataCard
 
-KINDS = ("methods", "datasets", "targets", "metrics")
+KINDS = ("methods", "descriptors", "datasets", "targets", "metrics")
 
 
 def rows(registry: Registry, what: str) -> list[dict[str, Any]]:
@@ -22,7 +22,9 @@ def rows(registry: Registry, what: str) -> list[dict[str, Any]]:
         raise unknown("list", what, KINDS)
     found: list[dict[str, Any]] = []
     if what in ("all", "methods"):
-        found += [_method_row(method) for method in registry.all_methods()]
+        found += [_plugin_row("method", method) for method in registry.all_methods()]
+    if what in ("all", "descriptors"):
+        found += [_plugin_row("descriptor", item) for item in registry.all_descriptors()]
     if what in ("all", "datasets", "targets"):
         for card in registry.all_cards():
             if what in ("all", "datasets"):
@@ -44,14 +46,14 @@ def _broken_row(kind: str, plugin: Broken) -> dict[str, Any]:
     }
 
 
-def _method_row(method: Method | Broken) -> dict[str, Any]:
-    if isinstance(method, Broken):
-        return _broken_row("method", method)
+def _plugin_row(kind: str, plugin: Method | Descriptor | Broken) -> dict[str, Any]:
+    if isinstance(plugin, Broken):
+        return _broken_row(kind, plugin)
     return {
-        "kind": "method",
-        "name": method.name,
-        "title": method.summary,
-        "origin": method.origin,
+        "kind": kind,
+        "name": plugin.name,
+        "title": plugin.summary,
+        "origin": plugin.origin,
     }
 
 
@@ -100,20 +102,9 @@ def _metric_rows() -> list[dict[str, Any]]:
 
 
 def describe(registry: Registry, name: str) -> dict[str, Any]:
-    """Everything about one name; looks through methods, data sets, targets and metrics."""
-    if name in registry.methods:
-        method = registry.method(name)
-        return {
-            "kind": "method",
-            "name": name,
-            "title": method.title,
-            "summary": method.summary,
-            "paper": method.paper,
-            "version": method.version,
-            "parameters": method.parameters,
-            "origin": method.origin,
-            "source_sha256": method.source_sha256,
-        }
+    """Everything about one name; looks through plugins, data sets, targets and metrics."""
+    if name in registry.plugins:
+        return _describe_plugin(registry.plugin(name))
     if name in registry.datasets:
         card = registry.card(name).model_dump(mode="json")
         return {"kind": "dataset", "origin": registry.datasets[name].origin} | card
@@ -130,8 +121,34 @@ def describe(registry: Registry, name: str) -> dict[str, Any]:
     for row in metrics:
         if row["name"] == name:
             return row
-    known = [*registry.methods, *registry.datasets, *(row["name"] for row in metrics)]
-    raise unknown("method, data set, target or metric", name, known)
+    known = [*registry.plugins, *registry.datasets, *(row["name"] for row in metrics)]
+    raise unknown("plugin, data set, target or metric", name, known)
+
+
+def _describe_plugin(plugin: Method | Descriptor) -> dict[str, Any]:
+    if isinstance(plugin, Method):
+        own: dict[str, Any] = {"parameters": plugin.parameters}
+    else:
+        weights = plugin.weights
+        own = {
+            "dimensions": plugin.dimensions or "by the size of the input",
+            "preset": plugin.preset or "none: images as they are",
+            "device": "cpu" if plugin.cpu_only else "any",
+        }
+        if weights is not None:
+            names = ("file", "published", "size", "sha256")
+            own["weights"] = {name: getattr(weights, name) for name in names}
+    return {
+        "kind": "method" if isinstance(plugin, Method) else "descriptor",
+        "name": plugin.name,
+        "title": plugin.title,
+        "summary": plugin.summary,
+        "paper": plugin.paper,
+        "version": plugin.version,
+        **own,
+        "origin": plugin.origin,
+        "source_sha256": plugin.source_sha256,
+    }
 
 
 def show(found: Iterable[dict[str, Any]], console: Console | None = None) -> None:

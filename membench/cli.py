@@ -33,11 +33,17 @@ app.add_typer(new_app, name="new")
 
 Plugins = Annotated[
     list[Path] | None,
-    typer.Option("--plugins", help="Folder with your own methods (*.py) and data cards (*.toml)."),
+    typer.Option(
+        "--plugins", help="Folder with your own methods, descriptors (*.py) and cards (*.toml)."
+    ),
 ]
 Results = Annotated[Path, typer.Option(help="Folder of everything that is computed.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+DescriptorWeights = Annotated[
+    Path | None,
+    typer.Option("--descriptor-weights", help="File of a descriptor that needs one (SSCD)."),
+]
 Boards = Annotated[Path, typer.Option("--dir", help="Folder of the boards and their records/.")]
 
 
@@ -86,11 +92,13 @@ def _registry(plugins: list[Path] | None) -> Registry:
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="methods, datasets, targets or metrics.")] = "all",
+    what: Annotated[
+        str, typer.Argument(help="methods, descriptors, datasets, targets or metrics.")
+    ] = "all",
     plugins: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
-    """List what there is: methods, data sets, targets, metrics.
+    """List what there is: methods, descriptors, data sets, targets, metrics.
 
     Example: `membench list methods`
     """
@@ -105,11 +113,11 @@ def list_(
 
 @app.command()
 def info(
-    name: Annotated[str, typer.Argument(help="A method, data set, DATASET/TARGET or metric.")],
+    name: Annotated[str, typer.Argument(help="A plugin, data set, DATASET/TARGET or metric.")],
     plugins: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell all about one method, data set, target or metric.
+    """Tell all about one method, descriptor, data set, target or metric.
 
     Example: `membench info fashion_mini`
     """
@@ -152,6 +160,7 @@ def run(
         int, typer.Option(help="Seed of synthetic set, classifiers and clusters.")
     ] = 0,
     device: Device = "auto",
+    descriptor_weights: DescriptorWeights = None,
     results: Results = Path("results"),
     plugins: Plugins = None,
     dry_run: Annotated[
@@ -193,6 +202,7 @@ def run(
         seed=seed,
         attack_seed=attack_seed,
         device=device,
+        descriptor_weights=descriptor_weights,
     )
     if dry_run:
         stages = [{"stage": s.stage, "cached": s.cached} | vars(s.work) for s in cell.plan()]
@@ -296,18 +306,34 @@ def new_method(
     )
 
 
+@new_app.command("descriptor")
+def new_descriptor(
+    name: Annotated[str, typer.Argument(help="Name of the descriptor and of its file.")],
+    folder: Annotated[Path, typer.Option("--dir", help="Where to write it.")] = Path(),
+) -> None:
+    """Write NAME.py, a working descriptor to start from.
+
+    Example: `membench new descriptor my_descriptor`
+    """
+    from membench.templates import write_descriptor
+
+    path = write_descriptor(name, folder)
+    print(f"wrote {path}\ntest it: membench test {name} --plugins {folder}")
+
+
 @app.command("test")
 def test_(
-    name: Annotated[str | None, typer.Argument(help="A method [default: all]")] = None,
+    name: Annotated[str | None, typer.Argument(help="Method or descriptor [default: all]")] = None,
+    descriptor_weights: DescriptorWeights = None,
     plugins: Plugins = None,
 ) -> None:
-    """Run the contract tests on a method: offline, in seconds.
+    """Run the contract tests on a method or a descriptor: offline, in seconds.
 
     Example: `membench test my_attack --plugins .`
     """
-    from membench.contract import check_methods
+    from membench.contract import check_plugins
 
-    if not check_methods(_registry(plugins), name):
+    if not check_plugins(_registry(plugins), name, descriptor_weights):
         raise typer.Exit(1)
 
 

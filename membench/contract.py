@@ -1,6 +1,7 @@
 """The contract every extraction method keeps, checked on a small target of known answer.
 
-`membench test NAME` runs these on any method; the project's own tests run them on the five that
+`membench test NAME` runs these on any method (descriptors have checks of their own, in
+`membench.contract_descriptor`); the project's own tests run them on the five that
 come with it. The target is `oracle:0.5` over 64 images of `fashion_mini`: no training, no network,
 seconds.
 """
@@ -20,14 +21,17 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
+from membench.contract_descriptor import DESCRIPTOR_CHECKS, bench
 from membench.data.imageset import Dataset, ImageSet, load_dataset
 from membench.diffusion.sampler import EpsModel, ImageNoise, ddim, ddim_times, to_uint8
 from membench.diffusion.targets import OracleTarget, Target
+from membench.errors import MembenchError
 from membench.hashing import array_hash
 from membench.lab import Lab, Surrogate
-from membench.plugins import Method
+from membench.plugins import Descriptor, Method
 from membench.registry import Broken, Registry
 from membench.run import Cell, build_cell, run
+from membench.similarity.descriptors import checked
 from membench.specs import RunSpec, Sampling
 from membench.store import Store
 from membench.verify import verify
@@ -239,39 +243,84 @@ CHECKS: tuple[Callable[[Bench], None], ...] = (
 def check_method(registry: Registry, method: Method, console: Console) -> bool:
     """Run every check on one method; False if one failed or all were skipped."""
     dataset = small_dataset(registry)
-    passed = failed = 0
-    console.print(f"[bold]{escape(method.name)}[/] ({escape(method.origin)})", highlight=False)
     with tempfile.TemporaryDirectory(prefix="membench-test-") as folder:
         lab = Lab(dataset, OracleTarget(dataset, 0.5), Store(Path(folder) / "results"), silent)
-        for check in CHECKS:
-            what = (inspect.getdoc(check) or check.__name__).partition("\n")[0]
-            try:
-                check(Bench(method, lab))
-            except SkipCheck as reason:
-                mark, note = "[yellow]skipped[/]", f" ({reason})"
-            except (Exception, KeyboardInterrupt) as error:
-                if isinstance(error, KeyboardInterrupt) and check is not resumes_after_a_kill:
-                    raise
-                failed += 1
-                mark, note = "[red]FAILED[/] ", f"\n         {type(error).__name__}: {error}"
-            else:
-                passed += 1
-                mark, note = "[green]passed[/] ", ""
-            console.print(f"  {mark} {escape(what)}{escape(note)}", highlight=False, soft_wrap=True)
+        return _check_all(method, CHECKS, lambda: Bench(method, lab), console)
+
+
+def check_descriptor(
+    registry: Registry, descriptor: Descriptor, console: Console, weights: Path | None = None
+) -> bool:
+    """Run every check on one descriptor; False if one failed or its weights are not there."""
+    try:
+        found = bench(registry, descriptor, weights)
+    except MembenchError as error:
+        console.print(
+            f"[bold]{escape(descriptor.name)}[/] [red]FAILED[/] {escape(str(error))}",
+            soft_wrap=True,
+        )
+        return False
+    return _check_all(descriptor, DESCRIPTOR_CHECKS, lambda: found, console)
+
+
+def _check_all(
+    plugin: Method | Descriptor,
+    checks: Sequence[Callable[[Any], None]],
+    bench: Callable[[], Any],
+    console: Console,
+) -> bool:
+    passed = failed = 0
+    console.print(f"[bold]{escape(plugin.name)}[/] ({escape(plugin.origin)})", highlight=False)
+    for check in checks:
+        what = (inspect.getdoc(check) or check.__name__).partition("\n")[0]
+        try:
+            check(bench())
+        except SkipCheck as reason:
+            mark, note = "[yellow]skipped[/]", f" ({reason})"
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, KeyboardInterrupt) and check is not resumes_after_a_kill:
+                raise
+            failed += 1
+            mark, note = "[red]FAILED[/] ", f"\n         {type(error).__name__}: {error}"
+        else:
+            passed += 1
+            mark, note = "[green]passed[/] ", ""
+        console.print(f"  {mark} {escape(what)}{escape(note)}", highlight=False, soft_wrap=True)
     if not passed:
         console.print("  nothing was tested: every check was skipped or failed")
     return passed > 0 and not failed
 
 
-def check_methods(registry: Registry, name: str | None) -> bool:
-    """`membench test [NAME]`: one method, or all of them."""
+def check_plugins(registry: Registry, name: str | None, weights: Path | None = None) -> bool:
+    """`membench test [NAME]`: one method or descriptor, or all of them.
+
+    With no name, descriptors whose weights are not on this machine are passed over, and said to be.
+    """
     console = Console()
-    methods = [registry.method(name)] if name is not None else registry.all_methods()
-    good = bool(methods)
-    for method in methods:
-        if isinstance(method, Broken):
-            console.print(f"[red]BROKEN[/]  {escape(method.name)}: {escape(method.reason)}")
+    plugins: list[Method | Descriptor | Broken]
+    if name is not None:
+        plugins = [registry.plugin(name)]
+    else:
+        plugins = [*registry.all_methods(), *registry.all_descriptors()]
+    good = bool(plugins)
+    for plugin in plugins:
+        if isinstance(plugin, Broken):
+            console.print(f"[red]BROKEN[/]  {escape(plugin.name)}: {escape(plugin.reason)}")
             good = False
-        else:
-            good &= check_method(registry, method, console)
+        elif isinstance(plugin, Method):
+            good &= check_method(registry, plugin, console)
+        elif name is not None or _has_weights(plugin, weights, console):
+            good &= check_descriptor(registry, plugin, console, weights)
     return good
+
+
+def _has_weights(plugin: Descriptor, weights: Path | None, console: Console) -> bool:
+    if plugin.weights is None or weights is not None:
+        return True
+    try:
+        checked(plugin.name, plugin.weights, None)
+    except MembenchError as error:
+        line = f"[bold]{escape(plugin.name)}[/] [yellow]skipped[/] ({escape(str(error))})"
+        console.print(line, soft_wrap=True)
+        return False
+    return True

@@ -11,7 +11,7 @@ import inspect
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from membench.data.imageset import Dataset
+from membench.describing import Describer
 from membench.diffusion import tdkd
 from membench.diffusion.classifier import ResNet
 from membench.diffusion.clusters import check_settings, cluster, describe
@@ -29,7 +30,8 @@ from membench.errors import MembenchError
 from membench.files import read_json, write_array, write_joined, write_json
 from membench.hashing import content_hash, derive_seed
 from membench.matching import Matcher
-from membench.specs import Sampling, Similarity
+from membench.registry import Registry
+from membench.specs import DescriptorChoice, Sampling, Similarity
 from membench.store import PARTS, Artifact, Store, Work
 
 VERSIONS = {
@@ -102,6 +104,8 @@ class Lab:
 
     seed: of the attack's own parts (synthetic set, classifiers, clusters), shared by all run seeds.
     similarity: how images are compared, the card's if None.
+    registry: where descriptors are found by name. descriptor_weights: the user's file, for those
+    that need one.
     """
 
     dataset: Dataset
@@ -110,6 +114,8 @@ class Lab:
     progress: Progress
     device: str = "cpu"
     seed: int = 0
+    registry: Registry = field(default_factory=Registry)
+    descriptor_weights: Path | None = None
     similarity: Similarity | None = None
 
     # -- images ---------------------------------------------------------------------------------
@@ -328,13 +334,35 @@ class Lab:
         identity = {"name": name, "version": VERSIONS["descriptors"]}
         return Artifact("descriptors", f"descriptors {name}", identity, make, load, (images,))
 
+    def descriptors_of(
+        self,
+        split: Literal["members", "auxiliary", "heldout"],
+        choice: DescriptorChoice,
+        flipped: bool = False,
+    ) -> Artifact[np.ndarray]:
+        """Unit vectors [N, D] of one split's images (or their mirror images), memory-mapped."""
+        return self.describer.of_split(self.dataset, split, choice, flipped)
+
+    def descriptors_of_images(
+        self, images: Artifact[Generated], choice: DescriptorChoice, flipped: bool = False
+    ) -> Artifact[np.ndarray]:
+        """Unit vectors [N_G, D] of what a target returned, memory-mapped."""
+        return self.describer.of_images(images, choice, flipped)
+
+    @property
+    def describer(self) -> Describer:
+        """What computes this lab's descriptors."""
+        return Describer(
+            self.registry, self.store, self.progress, self.device, self.descriptor_weights
+        )
+
     def clusters(
         self,
         images: Artifact[Generated],
         *,
         n_clusters: int,
         min_cohesion: float,
-        descriptor: str | None = None,
+        descriptor: str | DescriptorChoice | None = None,
     ) -> Artifact[Labels]:
         """k-means clusters of images, the loose ones dropped (SIDE-C); labels are hard.
 
@@ -342,8 +370,11 @@ class Lab:
         `Store.get` does when `min_cohesion` leaves no cluster.
         """
         check_settings(images.identity["count"], n_clusters, min_cohesion)
-        name = descriptor or self.dataset.card.attack.cluster_descriptor
-        descriptors = self.descriptors(images, name)
+        chosen = descriptor or self.dataset.card.attack.cluster_descriptor
+        if isinstance(chosen, str):
+            name, descriptors = chosen, self.descriptors(images, chosen)
+        else:
+            name, descriptors = chosen.name, self.descriptors_of_images(images, chosen)
         identity = {
             "labels": "clusters",
             "version": VERSIONS["labels"],
@@ -458,7 +489,7 @@ class Lab:
     def matcher(self) -> Matcher:
         """What compares this lab's images with its data set."""
         similarity = self.similarity or self.dataset.card.similarity
-        return Matcher(self.dataset, similarity, self.store, self.progress, self.device)
+        return Matcher(self.dataset, similarity, self.store, self.progress, self.describer)
 
     # -- help -----------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from membench.specs import Similarity
 from membench.store import Artifact, Store, Work
 
 if TYPE_CHECKING:
+    from membench.describing import Describer
     from membench.lab import Progress
 
 VERSIONS = {"search": 2, "facts": 1}
@@ -85,7 +86,7 @@ class Matcher:
     similarity: Similarity
     store: Store
     progress: Progress
-    device: str = "cpu"
+    describer: Describer
 
     @property
     def measure(self) -> Measure:
@@ -111,7 +112,7 @@ class Matcher:
             twin = self.dataset.heldout_twin.images
             n, h = len(members), len(heldout)
             with self.progress("near-duplicates", h * n + n * n + len(twin) ** 2, "pairs") as go:
-                found = {
+                found: dict[str, NDArray[Any]] = {
                     "heldout_rmse": nearest_rmse(heldout.images, members.images, progress=go),
                     "members_rmse": nearest_other_rmse(members.images, progress=go),
                     "twin_rmse": nearest_other_rmse(twin, progress=go),
@@ -267,23 +268,16 @@ class _Features:
         return self.matcher.similarity.descriptor
 
     def _of_queries(self, mirrored: bool) -> Artifact[NDArray[Any]]:
-        from membench import described
-
-        matcher = self.matcher
-        options = (self.choice, matcher.store, matcher.progress, matcher.device, mirrored)
+        describer, choice = self.matcher.describer, self.choice
         if "images" in self.source:
-            return described.of_images(self.source["images"], *options)
+            return describer.of_images(self.source["images"], choice, mirrored)
         if "given" in self.source:
-            return described.of_array(*self.source["given"], *options)
-        return described.of_split(matcher.dataset, self.source["split"], *options)
+            images, sha256 = self.source["given"]
+            return describer.of_array(images, sha256, choice, mirrored)
+        return describer.of_split(self.matcher.dataset, self.source["split"], choice, mirrored)
 
     def _of_reference(self, split: str) -> Artifact[NDArray[Any]]:
-        from membench import described
-
-        matcher = self.matcher
-        return described.of_split(
-            matcher.dataset, split, self.choice, matcher.store, matcher.progress, matcher.device
-        )
+        return self.matcher.describer.of_split(self.matcher.dataset, split, self.choice)
 
     @property
     def inputs(self) -> tuple[Artifact[Any], ...]:

@@ -1,8 +1,9 @@
-"""The one registry: names of methods and data sets, where they come from, and what is broken.
+"""The one registry: names of plugins and data sets, where they come from, and what is broken.
 
 Names are file names, so that looking one up imports nothing else. Sources, in this order: the
 folders that come with membench, the entry-point group `membench.plugins`, and the folders a user
-names with `--plugins`. Two plugins of one name are an error that names both.
+names with `--plugins`. Whether a user's file is a method or a descriptor is known when it is
+loaded. Two plugins of one name are an error that names both.
 """
 
 from __future__ import annotations
@@ -16,34 +17,40 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from membench.errors import MembenchError
 from membench.hashing import content_hash, file_hash
-from membench.plugins import Method
+from membench.plugins import Descriptor, Method
 from membench.specs import DataCard, load_card
 
 ENTRY_POINTS = "membench.plugins"
+Kind = Literal["method", "descriptor"]
+Plugin = Method | Descriptor
+FOLDERS: dict[str, Kind] = {"extraction": "method", "descriptor": "descriptor"}
+"""Sub-folders of `methods/` that hold plugins."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A plugin that has a name and a place, but is not imported yet."""
+    """A plugin that has a name and a place, but is not imported yet; kind: if its place says it."""
 
     name: str
     origin: str
     path: Path | None = None
     module: str | None = None
     entry_point: importlib.metadata.EntryPoint | None = None
+    kind: Kind | None = None
 
 
 @dataclass(frozen=True)
 class Broken:
-    """A plugin that cannot be used, and why."""
+    """A plugin that cannot be used, and why; `kind` is what it seems to have been meant for."""
 
     name: str
     origin: str
     reason: str
+    kind: Kind = "method"
 
 
 def _package_folder(package: str) -> Path:
@@ -61,21 +68,24 @@ def _package_folder(package: str) -> Path:
 
 
 class Registry:
-    """All methods and data sets that can be named; `folders` are the user's `--plugins`."""
+    """All plugins and data sets that can be named; `folders` are the user's `--plugins`."""
 
     def __init__(self, folders: Iterable[Path] = ()):
         self.folders = tuple(folders)
         for folder in self.folders:
             if not folder.is_dir():
                 raise MembenchError(f"{folder}: --plugins expects a folder")
-        self.methods = self._method_sources()
+        self.plugins = self._plugin_sources()
         self.datasets = self._dataset_sources()
+        self._loaded: dict[str, Plugin | Broken] = {}
 
-    def _method_sources(self) -> dict[str, Source]:
+    def _plugin_sources(self) -> dict[str, Source]:
         found: dict[str, Source] = {}
-        for path in _plugin_files(_package_folder("membench_methods.extraction"), "*.py"):
-            module = f"membench_methods.extraction.{path.stem}"
-            _add(found, Source(path.stem, str(path), path, module))
+        for folder_name, kind in FOLDERS.items():
+            package = f"membench_methods.{folder_name}"
+            for path in _plugin_files(_package_folder(package), "*.py"):
+                module = f"{package}.{path.stem}"
+                _add(found, Source(path.stem, str(path), path, module, kind=kind))
         for entry in sorted(importlib.metadata.entry_points(group=ENTRY_POINTS)):
             _add(found, Source(entry.name, f"entry point {entry.value}", entry_point=entry))
         for folder in self.folders:
@@ -90,15 +100,46 @@ class Registry:
                 _add(found, Source(path.stem, str(path), path))
         return found
 
+    @property
+    def methods(self) -> dict[str, Source]:
+        """What is, or may turn out to be, an extraction method."""
+        return {n: s for n, s in self.plugins.items() if s.kind in ("method", None)}
+
+    @property
+    def descriptors(self) -> dict[str, Source]:
+        """What is, or may turn out to be, a descriptor."""
+        return {n: s for n, s in self.plugins.items() if s.kind in ("descriptor", None)}
+
+    def plugin(self, name: str, kind: str = "plugin") -> Plugin:
+        """The plugin of that name; `MembenchError` if there is none or it is broken."""
+        source = self.plugins.get(name)
+        if source is None:
+            known = {"method": self.methods, "descriptor": self.descriptors}
+            raise unknown(kind, name, known.get(kind, self.plugins))
+        result = self._load(source)
+        if isinstance(result, Broken):
+            kind = source.kind or kind
+            raise MembenchError(f"{result.origin}: {kind} {name!r} is broken: {result.reason}")
+        return result
+
     def method(self, name: str) -> Method:
         """The method of that name; `MembenchError` if there is none or it is broken."""
-        source = self.methods.get(name)
-        if source is None:
-            raise unknown("method", name, self.methods)
-        result = _load_method(source)
-        if isinstance(result, Broken):
-            raise MembenchError(f"{result.origin}: method {name!r} is broken: {result.reason}")
-        return result
+        found = self.plugin(name, "method")
+        if not isinstance(found, Method):
+            raise MembenchError(f"{found.origin}: {name!r} is a descriptor, not a method")
+        return found
+
+    def descriptor(self, name: str) -> Descriptor:
+        """The descriptor of that name; `MembenchError` if there is none or it is broken."""
+        found = self.plugin(name, "descriptor")
+        if not isinstance(found, Descriptor):
+            raise MembenchError(f"{found.origin}: {name!r} is a method, not a descriptor")
+        return found
+
+    def _load(self, source: Source) -> Plugin | Broken:
+        if source.name not in self._loaded:
+            self._loaded[source.name] = _load_plugin(source)
+        return self._loaded[source.name]
 
     def card(self, name: str) -> DataCard:
         """The data card of that name; `MembenchError` if there is none or it is not valid."""
@@ -116,7 +157,22 @@ class Registry:
 
     def all_methods(self) -> list[Method | Broken]:
         """Every method, the broken ones with their reason."""
-        return [_load_method(source) for _, source in sorted(self.methods.items())]
+        loaded = [self._load(source) for _, source in sorted(self.methods.items())]
+        return [
+            item
+            for item in loaded
+            if isinstance(item, Method) or (isinstance(item, Broken) and item.kind == "method")
+        ]
+
+    def all_descriptors(self) -> list[Descriptor | Broken]:
+        """Every descriptor, the broken ones with their reason."""
+        loaded = [self._load(source) for _, source in sorted(self.descriptors.items())]
+        return [
+            item
+            for item in loaded
+            if isinstance(item, Descriptor)
+            or (isinstance(item, Broken) and item.kind == "descriptor")
+        ]
 
     def all_cards(self) -> list[DataCard | Broken]:
         """Every data card, the invalid ones with their reason."""
@@ -150,30 +206,41 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> MembenchError:
     return MembenchError(f"no {kind} named {name!r}; {hint}")
 
 
-def _load_method(source: Source) -> Method | Broken:
+def _load_plugin(source: Source) -> Plugin | Broken:
     try:
         return _described(source, _import(source))
     except (Exception, SystemExit) as error:  # a plugin may fail in any way at all
-        return Broken(source.name, source.origin, f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        return Broken(source.name, source.origin, reason, _meant_as(source))
 
 
-def _described(source: Source, loaded: Any) -> Method | Broken:
-    methods = [loaded] if isinstance(loaded, Method) else _methods_of(loaded)
-    if len(methods) != 1:
-        reason = f"expected one function under @extraction, found {len(methods)}"
-        return Broken(source.name, source.origin, reason)
-    method = methods[0]
-    code = method.prepare.__code__
+def _described(source: Source, loaded: Any) -> Plugin | Broken:
+    plugins = [loaded] if isinstance(loaded, Plugin) else _plugins_of(loaded)
+    if len(plugins) != 1:
+        wanted = {"method": "@extraction", "descriptor": "@descriptor"}
+        under = wanted[source.kind] if source.kind else " or ".join(wanted.values())
+        reason = f"expected one function under {under}, found {len(plugins)}"
+        return Broken(source.name, source.origin, reason, _meant_as(source))
+    plugin = plugins[0]
+    code = plugin.function.__code__
     return replace(
-        method,
+        plugin,
         name=source.name,
         origin=f"{code.co_filename}:{code.co_firstlineno}",
         source_sha256=_source_hash(code.co_filename),
     )
 
 
-def _methods_of(module: Any) -> list[Method]:
-    return [value for value in vars(module).values() if isinstance(value, Method)]
+def _plugins_of(module: Any) -> list[Plugin]:
+    return [value for value in vars(module).values() if isinstance(value, Plugin)]
+
+
+def _meant_as(source: Source) -> Kind:
+    """The kind of a plugin that could not be loaded, by its text."""
+    if source.kind is None and source.path is not None:
+        text = source.path.read_bytes()
+        return "descriptor" if b"@descriptor" in text else "method"
+    return source.kind or "method"
 
 
 def _source_hash(filename: str) -> str:

@@ -167,6 +167,8 @@ def prepare(
     seed: int = 0,
     attack_seed: int = 0,
     device: str = "auto",
+    descriptor_weights: Path | None = None,
+    similarity: Similarity | None = None,
 ) -> Cell:
     """Resolve names and defaults into a cell; nothing is computed or written yet."""
     plugin = registry.method(method)
@@ -202,7 +204,10 @@ def prepare(
     except ValueError as error:
         raise MembenchError(f"--steps: {error}") from None
 
-    lab = Lab(data, model, Store(results), progress, spec.device, spec.attack_seed)
+    store, seed = Store(results), spec.attack_seed
+    lab = Lab(
+        data, model, store, progress, spec.device, seed, registry, descriptor_weights, similarity
+    )
     return build_cell(spec, plugin, lab)
 
 

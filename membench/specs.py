@@ -55,20 +55,31 @@ class Images(Spec):
 
 
 BandMode = Literal["calibrated", "cumulative", "literal", "shifted"]
-Preset = Literal["official_288", "official_320", "dcr_224", "amg_224"]
 
 
 class DescriptorChoice(Spec):
-    """Which descriptor compares images, and all that changes its scores (spec section 3).
+    """A descriptor and everything that pins its scores (spec section 3).
 
-    name: a plugin of `methods/descriptor/`; preset: its preprocessing; resize_first: images are
-    brought to this many pixels a side before that; storage: how descriptors are kept.
+    name: a plugin of the kind `descriptor`. resize_first: images are brought to that square before
+    anything else (how a data set at that resolution would look). preset: how images are prepared
+    (`membench.similarity.preprocessing.PRESETS`); input_size: in its place, a square of that side,
+    normalised as ImageNet is; with neither, the descriptor's own preset. storage: how descriptors
+    are kept on disk. weights: the user's file; its hash is pinned by the descriptor, so that the
+    path is no part of the identity.
     """
 
     name: str
-    preset: Preset = "official_320"
+    preset: Literal["official_288", "official_320", "dcr_224", "amg_224"] | None = None
+    input_size: int | None = Field(default=None, gt=0)
     resize_first: int | None = Field(default=None, gt=0)
     storage: Literal["float16", "float32"] = "float32"
+    weights: str | None = Field(default=None, exclude=True)
+
+    @model_validator(mode="after")
+    def _one_size(self) -> DescriptorChoice:
+        if self.preset is not None and self.input_size is not None:
+            raise ValueError("preset and input_size: give one of the two")
+        return self
 
 
 class FalseMatchRates(Spec):
@@ -161,13 +172,16 @@ class ClassifierTraining(Spec):
 
 
 class Attack(Spec):
-    """What the surrogate conditions of the SIDE family are made of (TDKD, spec section 2)."""
+    """What the surrogate conditions of the SIDE family are made of (TDKD, spec section 2).
+
+    cluster_descriptor: of SIDE-C: pixels of the set itself, or a descriptor plugin.
+    """
 
     synthetic_images: int = Field(gt=0)
     network: Network
     label_classifier: ClassifierTraining
     time_classifier: ClassifierTraining
-    cluster_descriptor: Literal["pixels_pca", "pixels_lowres"] = "pixels_pca"
+    cluster_descriptor: Literal["pixels_pca", "pixels_lowres"] | DescriptorChoice = "pixels_pca"
 
 
 class Training(Spec):

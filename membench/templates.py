@@ -1,4 +1,4 @@
-"""`membench new method NAME`: a file that works as it is."""
+"""`membench new method NAME` and `new descriptor NAME`: files that work as they are."""
 
 from __future__ import annotations
 
@@ -35,17 +35,54 @@ def {name}(lab: Lab, *, n_labels: int = 10) -> Surrogate | None:
 '''
 
 
+DESCRIPTOR = '''"""{title}: describe it in one line."""
+
+import numpy as np
+
+from membench.plugins import Describe, Setup, descriptor
+
+GRID = 8
+
+
+@descriptor(title="{title}", paper="unpublished", dimensions=3 * GRID * GRID)
+def {name}(setup: Setup) -> Describe:
+    """Colours averaged on an 8 x 8 grid, against mid-grey.
+
+    Load a network here if there is one (`membench.similarity.runtimes.torchscript`); the engine
+    resizes the images, runs them in batches and brings every descriptor to length one.
+    """
+
+    def describe(images: np.ndarray) -> np.ndarray:
+        """uint8 [B, H, W, 3] -> float [B, D]."""
+        rows = np.array_split(images.astype(np.float32) - 127.5, GRID, axis=1)
+        cells = [cell for row in rows for cell in np.array_split(row, GRID, axis=2)]
+        return np.concatenate([cell.mean(axis=(1, 2)) for cell in cells], axis=1)
+
+    return describe
+'''
+
+
 def write_method(name: str, folder: Path) -> Path:
     """Write the template as FOLDER/NAME.py; refuses to replace a file."""
+    return _write("method", name, folder, METHOD)
+
+
+def write_descriptor(name: str, folder: Path) -> Path:
+    """Write the template as FOLDER/NAME.py; refuses to replace a file."""
+    return _write("descriptor", name, folder, DESCRIPTOR)
+
+
+def _write(kind: str, name: str, folder: Path, template: str) -> Path:
+    example = {"method": "my_attack", "descriptor": "my_descriptor"}[kind]
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise MembenchError(
-            f"{name!r}: a method's name is a Python name in small letters, as in my_attack"
+            f"{name!r}: a {kind}'s name is a Python name in small letters, as in {example}"
         )
     path = folder / f"{name}.py"
     with writing(folder):
         try:
             with open(path, "x", encoding="utf-8") as stream:
-                stream.write(METHOD.format(name=name, title=name.replace("_", " ").capitalize()))
+                stream.write(template.format(name=name, title=name.replace("_", " ").capitalize()))
         except FileExistsError:
             raise MembenchError(f"{path}: is there already; choose another name") from None
     return path

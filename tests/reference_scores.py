@@ -28,10 +28,10 @@ def compute():
         copies = faces[rng.integers(0, 30, 20)] + rng.integers(-noise, noise + 1, (20, 8, 8, 1))
         images = np.concatenate([copies.clip(0, 255).astype(np.uint8), strangers])
         scales.append(match(images, members, heldout))
-    null = nearest(null, members)
-    calibration = calibrate(null, len(members), copy_distance=0.5)
+    null = nearest(null, members).distance
+    calibration = calibrate(nl2(null[null[:, 0] > 0.5])[:, 0], len(members))
     modes = ("calibrated", "cumulative", "literal", "shifted")
-    first = scales[0].members
+    first = scales[0].members.listed
     phi = matched(nl2(first.distance) <= 1.5, "any")
     counts = match_counts(phi, first.index, len(members))
     return {

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from membench.errors import MembenchError
-from membench.similarity.matches import Matches, match, nl2
+from membench.similarity.matches import Matches, match
+from membench.similarity.measures import nl2
 from membench.similarity.search import Neighbours, nearest
 
 
@@ -82,8 +83,8 @@ def test_pairs_refuse_thresholds_that_are_not_complete(matches):
 def test_match_searches_both_references(matches):
     for side, seed in ((matches.members, 1), (matches.heldout, 2)):
         found = nearest(images(20), images(90, seed))
-        np.testing.assert_array_equal(side.index, found.index)
-        np.testing.assert_array_equal(side.distance, found.distance)
+        np.testing.assert_array_equal(side.listed.index, found.index)
+        np.testing.assert_array_equal(side.listed.distance, found.distance)
     assert len(matches) == 20 and matches.n_members == matches.n_heldout == 90
 
 
@@ -103,7 +104,7 @@ def test_saved_and_loaded_unchanged(matches, tmp_path):
     loaded = Matches.load(tmp_path / "new" / "matches.npz")
     for side in ("members", "heldout"):
         for field in ("distance", "index"):
-            before, after = (getattr(getattr(m, side), field) for m in (matches, loaded))
+            before, after = (getattr(m.side(side).listed, field) for m in (matches, loaded))
             np.testing.assert_array_equal(before, after)
             assert before.dtype == after.dtype
     assert (loaded.n_members, loaded.n_heldout) == (90, 90)
@@ -145,7 +146,8 @@ def write_foreign(path):
 def write_other_dtype(path):
     ones = np.ones((1, 1))
     names = ("members_distance", "members_index", "heldout_distance", "heldout_index")
-    np.savez(path, **dict.fromkeys(names, ones), format=1, n_members=1, n_heldout=1)
+    numbers = dict.fromkeys(("members_n", "heldout_n", "members_rows", "heldout_rows"), 1)
+    np.savez(path, **dict.fromkeys(names, ones), **numbers, format=2, measure="nl2")
 
 
 def write_array(path):
@@ -196,4 +198,4 @@ def neighbours(index, distance=None):
 )
 def test_contradictory_matches_are_refused(members, heldout, n, message):
     with pytest.raises(MembenchError, match=message):
-        Matches(neighbours(members), neighbours(heldout), n, n)
+        Matches.of(neighbours(members), neighbours(heldout), n, n)

@@ -26,10 +26,13 @@ from membench.metrics import (
     score,
 )
 from membench.metrics.calibration import threshold
-from membench.metrics.image import LEVELS, Band, bands
-from membench.similarity import Matches, Neighbours, match, nl2
+from membench.scoring import calibrate_from
+from membench.similarity import NL2, Band, Matches, Neighbours, match, nl2
+from membench.similarity.measures import LEVELS
+from membench.specs import Similarity
 
 ALL = ("calibrated", "cumulative", "literal", "shifted")
+bands = NL2.bands
 
 
 def pixels(rng, n, high=256):
@@ -52,8 +55,8 @@ def matches():
 @pytest.fixture(scope="module")
 def calibration(matches):
     rng = np.random.default_rng(9)
-    null = match(pixels(rng, 1000), pixels(rng, 80), pixels(rng, 80)).members
-    return calibrate(null, 80)
+    null = match(pixels(rng, 1000), pixels(rng, 80), pixels(rng, 80))
+    return calibrate(null.scores()[:, 0], 80)
 
 
 # ---------------------------------------------------------------- reference scores
@@ -99,7 +102,7 @@ def test_ams_and_ums_are_their_definition(matches, calibration, mode, how):
     result = score(matches, calibration, match=how, modes=ALL)["bands"][mode]
     for level, band in bands(mode, calibration.values).items():
         for side in ("members", "heldout"):
-            ams, ums = by_definition(getattr(matches, side), band, how)
+            ams, ums = by_definition(matches.side(side).listed, band, how)
             assert result[level][side]["ams"] == pytest.approx(ams)
             if mode == "literal" and level == "low" and how == "any":
                 assert result[level][side]["ums"] is None and result[level]["reason"]
@@ -130,7 +133,6 @@ def test_bands_refuse_what_they_do_not_know():
         bands("calibrated")
     with pytest.raises(MembenchError, match="match"):
         image.matched(np.ones((1, 1), bool), "some")
-    assert not Band(1.5, 10).complete and Band(None, 1.99).complete
 
 
 @settings(deadline=None)
@@ -144,8 +146,10 @@ def test_curves_are_the_metrics_at_every_threshold(data):
     index = np.array([data.draw(st.permutations(range(7)))[:n] for _ in range(q)])
     values = nl2(distance)
     for how in ("any", "best"):
-        ams = image.ams_curve(values)
-        ums = image.ums_curve(values, index, 7, how)
+        curve = np.array(NL2.curve)
+        ams = image.ams_curve(values[:, 0], curve)
+        counting = image.matched(np.ones(values.shape, bool), how)
+        ums = image.ums_curve(values[counting], index[counting], 7, curve, q)
         for t in (0, 100, 135, 150, 199):
             inside = Band(None, t / 100).contains(values)
             phi = image.matched(inside, how)
@@ -329,11 +333,14 @@ def test_too_few_heldout_images_are_said_to_be():
 def test_copies_are_dropped_before_calibrating():
     distance = np.array([[0, 4], [0.1, 4], [1, 4], [2, 4]], np.float32)
     null = Neighbours(distance, np.tile(np.arange(2, dtype=np.int32), (4, 1)))
-    found = calibrate(null, 2, rates=dict.fromkeys(LEVELS, 0.5), copy_distance=0.1, n_dropped=3)
-    assert (found.n_heldout, found.n_dropped) == (2, 5)
+    keep = distance[:, 0] > 0.1
+    side = Matches.of(null, null, 2, 2)
+    similarity = Similarity(false_match_rates=dict.fromkeys(LEVELS, 0.5))
+    found = calibrate_from(side, keep, similarity)
+    assert (found.n_heldout, found.n_dropped) == (2, 2)
     assert found.values["low"] == nl2(distance)[2, 0]
     with pytest.raises(MembenchError, match="copies"):
-        calibrate(null, 2, copy_distance=9)
+        calibrate_from(side, keep & False, similarity)
 
 
 def test_calibration_survives_json(calibration):
@@ -348,7 +355,7 @@ def test_calibrated_false_match_rate_is_the_nominal_one():
     """Fresh strangers pass the calibrated bands at the calibrated rate, within 4 sigma."""
     rng = np.random.default_rng(8)
     members, heldout = pixels(rng, 300), pixels(rng, 300)
-    null = match(pixels(rng, 4000), members, heldout).members
+    null = match(pixels(rng, 4000), members, heldout).scores()[:, 0]
     fresh = match(pixels(rng, 4000), members, heldout)
     found = score(fresh, calibrate(null, 300))["bands"]["calibrated"]
     for level, rate in zip(LEVELS, (0.05, 0.01, 0.002), strict=True):
@@ -365,7 +372,7 @@ def test_scores_refuse_another_calibration(matches, calibration):
 
 def test_uncalibrated_bands_are_none_with_a_reason(matches):
     rng = np.random.default_rng(1)
-    null = match(pixels(rng, 30), pixels(rng, 80), pixels(rng, 80)).members
+    null = match(pixels(rng, 30), pixels(rng, 80), pixels(rng, 80)).scores()[:, 0]
     found = score(matches, calibrate(null, 80))["bands"]["calibrated"]
     assert found["high"]["members"]["ams"] is None and "30 held-out" in found["high"]["reason"]
     assert found["low"]["members"]["ams"] is not None
@@ -532,5 +539,5 @@ def test_ten_thousand_images_are_quick(calibration):
         for _ in range(2)
     ]
     start = time.perf_counter()
-    score(Matches(*sides, n, n), modes=("cumulative",))
+    score(Matches.of(*sides, n, n), modes=("cumulative",))
     assert time.perf_counter() - start < 10

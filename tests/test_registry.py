@@ -78,7 +78,7 @@ def test_a_collision_names_both_origins(tmp_path: Path) -> None:
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("def broken(:", "SyntaxError"),
         ("raise SystemExit(3)", "SystemExit: 3"),
-        ("x = 1", "expected one function under @extraction, found 0"),
+        ("x = 1", "expected one function under @extraction or @descriptor, found 0"),
         (
             "from membench.plugins import extraction\n"
             "@extraction(title='t', paper='p')\nclass A:\n    pass",

@@ -58,7 +58,7 @@ METRICS = {
         Metric(
             "curve",
             1,
-            "AMS and UMS of all at least as near as t; nL2: t = 0, 0.01 .. 1.99; SSCD: 1, 0.99 .. 0",
+            "AMS and UMS of all as near as t; nL2: t = 0, 0.01 .. 1.99; SSCD: 1, 0.99 .. 0",
             "membench",
         ),
         Metric(

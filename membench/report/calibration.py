@@ -9,6 +9,7 @@ from membench.hashing import canonical_json
 from membench.report.markdown import escaped, table
 from membench.report.records import Record
 from membench.report.table import BANDS, percent
+from membench.similarity.measures import MEASURES, NL2
 
 
 def calibration_lines(records: Iterable[Record]) -> list[str]:
@@ -28,14 +29,16 @@ def calibration_lines(records: Iterable[Record]) -> list[str]:
 
 
 def _block(calibration: Mapping[str, Any], null: Mapping[str, Any]) -> list[str]:
+    measure = MEASURES[calibration.get("measure", NL2.name)]
+    sign = "≤" if measure.sign == 1 else "≥"
     images = f"{calibration['n_heldout']:,} real held-out images"
     dropped = calibration.get("n_dropped")
     if dropped:
         images += f" ({dropped:,} near-duplicates of members dropped before)"
     text = (
         f"Calibrated bands: {images} that nobody trained on are scored against the "
-        f"{calibration['n_members']:,} members; a band's threshold is the nL2 that only the given "
-        "share of them reaches."
+        f"{calibration['n_members']:,} members; a band's threshold is the {measure.symbol} that only "
+        "the given share of them reaches."
     )
     rows = []
     for name in BANDS:
@@ -43,24 +46,32 @@ def _block(calibration: Mapping[str, Any], null: Mapping[str, Any]) -> list[str]
         rows.append([
             name,
             f"{100 * found['rate']:g}",
-            "–" if found["value"] is None else f"≤ {found['value']:.3f}",
+            "–" if found["value"] is None else f"{sign} {found['value']:.3f}",
             _interval(found["interval"], 1, 3),
             percent(found["achieved"], 2),
             _interval(found["achieved_interval"], 100, 2),
         ])  # fmt: skip
-    headers = ["band", "false matches asked for, %", "nL2", "95 % interval", "reached by, %",
-               "95 % interval"]  # fmt: skip
+    headers = ["band", "false matches asked for, %", measure.symbol, "95 % interval",
+               "reached by, %", "95 % interval"]  # fmt: skip
     parts = [text, table(headers, rows)]
-    for mode, levels in null.items():
+    for mode, levels in (null.get("bands") or {}).items():
         papers = [levels[name] for name in BANDS]
-        bounds = " / ".join(f"{band['upper']:g}" for band in papers)
+        bounds = " / ".join(_bounds(band) for band in papers)
         rates = " / ".join(percent(band["rate"]) for band in papers)
         parts.append(
-            f"The papers' fixed bands ({escaped(mode)}), nL2 ≤ {bounds}, are reached by "
+            f"The papers' fixed bands ({escaped(mode)}), {measure.symbol} {bounds}, are reached by "
             f"**{rates} %** of the same "
             "real images: of what they count, that much would be counted without any extraction."
         )
     return parts
+
+
+def _bounds(band: Mapping[str, Any]) -> str:
+    """`≤ 1.5`, `≥ 0.6`, `0.4 to 0.5`."""
+    lower, upper = band.get("lower"), band.get("upper")
+    if lower is not None and upper is not None:
+        return f"{lower:g} to {upper:g}"
+    return f"≤ {upper:g}" if lower is None else f"≥ {lower:g}"
 
 
 def _interval(bounds: Iterable[float | None], factor: float, digits: int) -> str:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from membench.similarity.matches import Matches
+from membench.similarity.measures import NL2
 
 Pixels = NDArray[np.uint8]
 
@@ -31,6 +32,7 @@ class Pair:
     scale: float
     row: int
     index: int
+    symbol: str = NL2.symbol
 
 
 def best_pairs(
@@ -62,6 +64,7 @@ def best_pairs(
             chosen[index_] = Pair(
                 np.asarray(images[scale][row]), np.asarray(members[index_]),
                 float(measure.far(value)), distance_, scale, row, index_,
+                measure.symbol,
             )  # fmt: skip
         if len(chosen) == count:
             break
@@ -107,7 +110,7 @@ def draw(pairs: Sequence[Pair], *, title: str, note: str, columns: int = 6) -> I
             corner = (left + offset + width - 1, top + height - 1)
             pen.rectangle(((left + offset, top), corner), outline=_RULE)
         below = top + height + 4
-        pen.text((left, below), f"nL2 {pair.score:.3f}", _INK, text_font)
+        pen.text((left, below), f"{pair.symbol} {pair.score:.3f}", _INK, text_font)
         right = left + cell_width
         pen.text((right, below), f"d = {pair.distance:.3f}", _QUIET, text_font, anchor="ra")
         pen.text((left, below + 18), f"scale {pair.scale:g}, no. {pair.row}", _QUIET, small_font)
@@ -127,10 +130,11 @@ def contact_sheet(
     """Write the best matches of a run beside their training images as a PNG."""
     pairs = best_pairs(images, matches, members, count)
     total = sum(len(part) for part in images.values())
+    nearer = "lower" if next(iter(matches.values())).measure.sign == 1 else "higher"
     note = (
         f"Left: generated; right: the training image nearest to it. The {len(pairs)} closest of "
-        f"{total:,} images by normalised L2 (lower is closer), one per training image: the best "
-        "cases, not typical ones."
+        f"{total:,} images by {pairs[0].symbol} ({nearer} is closer), one per training image: the "
+        "best cases, not typical ones."
     )
     draw(pairs, title=title, note=note).save(path, format="PNG", optimize=True)
 

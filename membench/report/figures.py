@@ -8,7 +8,7 @@ from typing import Any
 
 from membench.hashing import content_hash
 from membench.report.records import Estimate, Row, Section
-from membench.report.table import BANDS, MAIN_BAND
+from membench.report.table import BANDS, MAIN_BAND, symbol
 
 _MEMBER, _HELDOUT, _LINE = "#0b62a4", "#8a8f96", "#c9ced4"
 _COLOURS = ("#4d4d4d", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -41,9 +41,14 @@ def curve_points(sections: Sequence[Section]) -> list[dict[str, Any]]:
     for section in sections:
         curves = [{"label": row.label} | curve for row in section.rows if (curve := _curve(row))]
         bands = section.rows[0].scores()[0]["bands"]["calibrated"]
-        marks = [bands[b]["upper"] for b in BANDS if bands[b]["upper"] is not None]
+        marks = [bands[b].get("upper") or bands[b].get("lower") for b in BANDS]
         if curves:
-            panels.append({"title": section_name(section), "curves": curves, "bands": marks})
+            panels.append({
+                "title": section_name(section),
+                "curves": curves,
+                "bands": [threshold for threshold in marks if threshold is not None],
+                "symbol": symbol(section.rows[0].scores()[0]),
+            })  # fmt: skip
     return panels
 
 
@@ -134,7 +139,7 @@ def draw_curves(panels: list[dict[str, Any]]) -> str:
         for threshold in panel["bands"]:
             axis.axvline(threshold, color=_HELDOUT, lw=0.8, ls=":")
         axis.set_title(_short(panel["title"]), loc="left", fontweight="bold")
-        axis.set_xlabel("threshold of nL2")
+        axis.set_xlabel(f"threshold of {panel['symbol']}")
         axis.grid(color=_LINE, lw=0.6)
         axis.set_ylim(-2, 102)
     axes[0, 0].set_ylabel("AMS, % of generated images")

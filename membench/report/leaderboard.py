@@ -31,7 +31,16 @@ from membench.report.records import (
     load_records,
     sections,
 )
-from membench.report.table import BANDS, MAIN_BAND, band_range, false_match_rates, modes, percent
+from membench.report.table import (
+    BANDS,
+    MAIN_BAND,
+    band_range,
+    false_match_rates,
+    modes,
+    percent,
+    symbol,
+)
+from membench.similarity.measures import NL2
 
 COMMAND = "membench leaderboard build"
 RECORDS, PUBLISHED = "records", "published"
@@ -233,6 +242,7 @@ def _band_part(rows: Sequence[Row], band: str) -> list[str]:
     first = rows[0]
     rate = false_match_rates(first.records[0]).get(band)
     bounds = band_range(first.scores()[0]["bands"]["calibrated"][band])
+    bounds = f"{symbol(first.scores()[0])} {bounds}"
     heading = f"### Calibrated {band} band" + (
         "" if rate is None else f": {100 * rate:g} % false matches"
     )
@@ -250,9 +260,9 @@ def _band_part(rows: Sequence[Row], band: str) -> list[str]:
             f"**{_bracketed(row.band('calibrated', band, 'excess'))}**",
             *(_bracketed(row.band("calibrated", band, side, "ums")) for side in SIDES),
         ])  # fmt: skip
-    parts = [heading, f"nL2 {bounds}. " + _verdict(rows, band), table(headers, body)]
+    parts = [heading, f"{bounds}. " + _verdict(rows, band), table(headers, body)]
     if band == MAIN_BAND:
-        parts[1] = f"nL2 {bounds}; ranked by excess AMS. " + _verdict(rows, band)
+        parts[1] = f"{bounds}; ranked by excess AMS. " + _verdict(rows, band)
     return parts
 
 
@@ -299,7 +309,10 @@ def _papers_part(rows: Sequence[Row], mode: str) -> list[str]:
 
 def _other_part(rows: Sequence[Row]) -> list[str]:
     parts = ["### Other scores"]
-    headers = ["method", "d1/d2 < 1/3, %", "held-out", "excess", "5 % quantile of nL2", "held-out"]
+    of = symbol(rows[0].scores()[0])
+    nearer = "lower" if of == NL2.symbol else "higher"
+    headers = ["method", "d1/d2 < 1/3, %", "held-out", "excess",
+               f"95th percentile of similarity ({of})", "held-out"]  # fmt: skip
     body = [
         [
             escaped(row.label),
@@ -322,7 +335,7 @@ def _other_part(rows: Sequence[Row]) -> list[str]:
             for row in rows
         ]
         parts += [
-            "Mean nL2 of the best x % of images, members / held-out (lower is closer):",
+            f"Mean {of} of the best x % of images, members / held-out ({nearer} is closer):",
             table(["method", *(f"{float(x):g} %" for x in shares)], body),
         ]
     return parts

@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from membench.similarity.measures import MEASURES, NL2
+
 Record = Mapping[str, Any]
 
 BANDS = ("low", "mid", "high")
@@ -44,11 +46,16 @@ def mode_title(mode: str, record: Record) -> str:
 
 
 def band_range(band: Record) -> str:
-    """`≤ 0.912`, `1.350 to 1.400`, or `–` where no threshold could be calibrated."""
+    """`≤ 0.912`, `≥ 0.574`, `1.350 to 1.400`, or `–` where no threshold could be calibrated."""
     lower, upper = band.get("lower"), band.get("upper")
     if upper is None:
-        return "–"
+        return "–" if lower is None else f"≥ {lower:.3f}"
     return f"≤ {upper:.3f}" if lower is None else f"{lower:.3f} to {upper:.3f}"
+
+
+def symbol(scores: Record) -> str:
+    """What scores are scores of: `nL2` or `SSCD`."""
+    return MEASURES[scores.get("measure", NL2.name)].symbol
 
 
 def false_match_rates(record: Record) -> dict[str, float]:
@@ -82,8 +89,8 @@ def reading(record: Record) -> str:
     interval = excess.get("ams_interval")
     bounds = "" if interval is None else f" [{percent(interval[0])}, {percent(interval[1])}]"
     text = (
-        f"{where} (nL2 {band_range(band)}){of_scales}, {percent(members['ams'])} % of images "
-        f"matched a member (held-out {percent(heldout['ams'])} %): excess "
+        f"{where} ({symbol(average)} {band_range(band)}){of_scales}, "
+        f"{percent(members['ams'])} % of images matched a member (held-out {percent(heldout['ams'])} %): excess "
         f"{percent(excess['ams'])} %{bounds}"
     )
     if members.get("unique") is not None:
@@ -101,7 +108,7 @@ def score_table(record: Record, mode: str) -> Table:
     scores = record["scores"]
     table = _table(f"{mode_title(mode, record)}, % of images")
     table.add_column("scale", justify="right")
-    table.add_column("band, nL2")
+    table.add_column(f"band, {symbol(scores['average'])}")
     table.add_column("AMS [95 %]", justify="right")
     table.add_column("false", justify="right", style="dim")
     table.add_column("excess [95 %]", justify="right", style="bold")

@@ -238,10 +238,11 @@ class Matches:
             if "format" not in content or content["format"] != _FORMAT:
                 raise ValueError(f"format {content.get('format', '?')}, expected {_FORMAT}")
             return cls(
-                *(_side(content, name) for name in SIDES),
-                MEASURES[str(content["measure"])],
-                float(content["complete"]),
-                bool(content["flips"]),
+                members=_side(content, "members"),
+                heldout=_side(content, "heldout"),
+                measure=MEASURES[str(content["measure"])],
+                complete=float(content["complete"]),
+                flips=bool(content["flips"]),
             )
         except FileNotFoundError:
             raise MembenchError(f"{path}: no such matches file; run the cell again") from None

@@ -100,8 +100,8 @@ def nearest(
     they add up to Q * N.
 
     For uint8 the order is that of the integer squared distance; for floats that of the squared
-    distance of the stored values in float64. Raises MembenchError for wrong shapes or dtypes, empty input, NaN, infinite
-    or huge values, and a memory bound that is too small for a single pair.
+    distance of the stored values in float64. Raises MembenchError for wrong shapes or dtypes, empty
+    input, NaN, infinite or huge values, and a memory bound that is too small for a single pair.
     """
     if k < 1:
         raise MembenchError(f"k must be at least 1, not {k}")
