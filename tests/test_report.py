@@ -24,6 +24,7 @@ from rich.console import Console
 from membench.errors import MembenchError
 from membench.hashing import content_hash
 from membench.metrics import METRIC_VERSIONS, average, calibrate, score
+from membench.record import SCHEMA
 from membench.report import contact_sheet, figures, leaderboard, table
 from membench.report.markdown import escaped
 from membench.report.records import load_records, pooled, sections
@@ -91,7 +92,7 @@ def make_record(
          "cached": False},
     ]  # fmt: skip
     record = {
-        "schema": 1,
+        "schema": SCHEMA,
         "limited": limited,
         "limited_by": ["64 images per scale, not 128"] if limited else [],
         "identity": {
@@ -184,7 +185,7 @@ def test_reading_admits_that_nothing_was_extracted() -> None:
 
 def test_report_of_a_band_without_threshold() -> None:
     record = make_record(scales=("0",))
-    few = calibrate(neighbours(0, 99, 20), N)  # 20 images cannot show 1 %
+    few = calibrate(nl2(neighbours(0, 99, 20).distance)[:, 0], N)  # 20 images cannot show 1 %
     found = matches(0.3, 0)
     record["calibration"] = few.to_dict()
     record["scores"] = {"scales": {"0": score(found, few)}, "average": average([found], few)}
@@ -365,7 +366,7 @@ def test_a_board_without_records_is_refused_and_removed(boards: Path) -> None:
     [
         (lambda text: text[: len(text) // 2], "truncated or not JSON"),
         (lambda text: "[]", "not a record of membench"),
-        (lambda text: text.replace('"schema": 1', '"schema": 2'), "schema 2"),
+        (lambda text: text.replace('"schema": 2', '"schema": 3'), "schema 3"),
         (lambda text: text.replace('"seed": 0', '"seed": 5'), "id is not the hash"),
         (lambda text: text.replace('"ams": 0.', '"ams": 0.1', 1), "results_sha256 is not the hash"),
     ],

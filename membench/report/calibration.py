@@ -37,8 +37,8 @@ def _block(calibration: Mapping[str, Any], null: Mapping[str, Any]) -> list[str]
         images += f" ({dropped:,} near-duplicates of members dropped before)"
     text = (
         f"Calibrated bands: {images} that nobody trained on are scored against the "
-        f"{calibration['n_members']:,} members; a band's threshold is the {measure.symbol} that only "
-        "the given share of them reaches."
+        f"{calibration['n_members']:,} members; a band's threshold is the {measure.symbol} that "
+        "only the given share of them reaches."
     )
     rows = []
     for name in BANDS:

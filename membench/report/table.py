@@ -90,8 +90,8 @@ def reading(record: Record) -> str:
     bounds = "" if interval is None else f" [{percent(interval[0])}, {percent(interval[1])}]"
     text = (
         f"{where} ({symbol(average)} {band_range(band)}){of_scales}, "
-        f"{percent(members['ams'])} % of images matched a member (held-out {percent(heldout['ams'])} %): excess "
-        f"{percent(excess['ams'])} %{bounds}"
+        f"{percent(members['ams'])} % of images matched a member "
+        f"(held-out {percent(heldout['ams'])} %): excess {percent(excess['ams'])} %{bounds}"
     )
     if members.get("unique") is not None:
         each = "" if len(scales) == 1 else " at each scale, on average"

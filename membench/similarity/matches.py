@@ -61,8 +61,9 @@ class Counted:
 class Side:
     """The nearest references of Q images among n.
 
-    listed: the k nearest; beyond: the other pairs of the widest band; counted: by band, where
-    `beyond` would be too long; near_duplicates: how many references have another within the card's
+    listed: the k nearest; beyond: the other pairs of the widest band; complete: the score down to
+    which both together hold every pair; counted: by band, where `beyond` would be too long;
+    near_duplicates: how many references have another within the card's
     near-duplicate distance, None if that was not looked for.
     index is the row of the data set's split; with `dedup_reference` only `n` of the `rows` are
     compared with.
@@ -72,6 +73,7 @@ class Side:
     n: int
     rows: int
     beyond: Pairs = field(default_factory=Pairs.none)
+    complete: float = 2.0
     counted: dict[str, Counted] = field(default_factory=dict)
     near_duplicates: int | None = None
 
@@ -106,14 +108,13 @@ class Matches:
     missing too (all n at one distance, tied with more). If n = N, everything is listed.
 
     For SSCD an image may have more than k references in the widest band: the others are in
-    `beyond`, and `complete` is the score down to which list and `beyond` hold every pair. Bands
-    that reach further, or with more pairs than `MAX_PAIRS`, are in `counted` or have no UMS.
+    `beyond`. Bands that reach further, or with more pairs than `MAX_PAIRS`, are in `counted` or
+    have no UMS.
     """
 
     members: Side
     heldout: Side
     measure: Measure = NL2
-    complete: float = 2.0
     flips: bool = False
 
     def __post_init__(self) -> None:
@@ -157,8 +158,8 @@ class Matches:
         if found.listed.index.shape[1] == found.n:
             return True
         if self.measure.sign == 1:
-            return band.upper is not None and band.upper < self.complete
-        return band.lower is not None and band.lower >= self.complete
+            return band.upper is not None and band.upper < found.complete
+        return band.lower is not None and band.lower >= found.complete
 
     def scores(self, side: str = "members") -> NDArray[np.float64]:
         """Scores of the listed neighbours [Q, k], nearest first."""
@@ -181,7 +182,8 @@ class Matches:
         if not self.covers(band, side) or np.isnan(threshold):
             limit = "below" if self.measure.sign == 1 else "from"
             raise MembenchError(
-                f"pairs are complete for thresholds {limit} {self.complete:g}, not for {threshold}"
+                f"pairs are complete for thresholds {limit} {self.side(side).complete:g}, "
+                f"not for {threshold}"
             )
         found, score, more = self.side(side), self.scores(side), self.scores_beyond(side)
         image, column = np.nonzero(band.contains(score))
@@ -202,7 +204,6 @@ class Matches:
         contents: dict[str, Any] = {
             "format": _FORMAT,
             "measure": self.measure.name,
-            "complete": self.complete,
             "flips": self.flips,
         }
         for name in SIDES:
@@ -210,6 +211,7 @@ class Matches:
             contents |= {
                 f"{name}_n": found.n,
                 f"{name}_rows": found.rows,
+                f"{name}_complete": found.complete,
                 f"{name}_near_duplicates": -1
                 if found.near_duplicates is None
                 else found.near_duplicates,
@@ -241,7 +243,6 @@ class Matches:
                 members=_side(content, "members"),
                 heldout=_side(content, "heldout"),
                 measure=MEASURES[str(content["measure"])],
-                complete=float(content["complete"]),
                 flips=bool(content["flips"]),
             )
         except FileNotFoundError:
@@ -272,6 +273,7 @@ def _side(content: dict[str, Any], name: str) -> Side:
         int(content[f"{name}_n"]),
         rows,
         Pairs(*(content[f"{name}_beyond_{key}"] for key in ("image", "index", "distance"))),
+        float(content[f"{name}_complete"]),
         {band: Counted(*pair) for band, *pair in zip(bands, counts, totals, strict=True)},
         None if duplicates < 0 else duplicates,
     )
@@ -337,13 +339,11 @@ def match(
         )
     queries = [images] if mirrored is None else [images, mirrored]
     options: dict[str, Any] = {"memory_bytes": memory_bytes, "progress": progress}
-    sides, complete = [], []
-    for reference in references:
-        side, limit = _match(queries, reference, k, measure, widest, bands, max_pairs, options)
-        sides.append(side)
-        complete.append(limit)
-    limit = complete[int(np.argmin([measure.far(c) for c in complete]))]
-    return Matches(sides[0], sides[1], measure, limit, mirrored is not None)
+    sides = [
+        _match(queries, reference, k, measure, widest, bands, max_pairs, options)
+        for reference in references
+    ]
+    return Matches(sides[0], sides[1], measure, mirrored is not None)
 
 
 def _match(
@@ -355,8 +355,8 @@ def _match(
     bands: Sequence[Band],
     max_pairs: int,
     options: dict[str, Any],
-) -> tuple[Side, float]:
-    """One side and the score down to which all of its pairs are known."""
+) -> Side:
+    """The matches of one side."""
     compared = reference.compared
     listed = nearest(queries[0], compared, k, **options)
     for more in queries[1:]:
@@ -381,22 +381,22 @@ def _match(
         counted = _count(queries, compared, listed, uncovered, measure, options)
     pairs = Pairs.none() if beyond is None else beyond
     rows = len(reference.rows)
-    side = Side(
+    return Side(
         Neighbours(listed.distance, reference.index(listed.index)),
         len(reference),
         rows,
         Pairs(pairs.image, reference.index(pairs.index), pairs.distance),
+        complete,
         {band: _spread(found, reference, rows) for band, found in counted.items()},
         reference.near_duplicates,
     )
-    return side, complete
 
 
 def _reaches(
     band: Band, measure: Measure, complete: float, listed: Neighbours, compared: NDArray[Any]
 ) -> bool:
-    side = Side(listed, len(compared), len(compared))
-    return Matches(side, side, measure, complete).covers(band)
+    side = Side(listed, len(compared), len(compared), complete=complete)
+    return Matches(side, side, measure).covers(band)
 
 
 def _beyond(
