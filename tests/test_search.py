@@ -172,11 +172,37 @@ def test_blocks_do_not_change_the_answer(rng):
         np.testing.assert_array_equal(found.distance, expected.distance)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("scale", [1e-30, 1, 1e14])
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        *((dtype, scale) for dtype in (np.float32, np.float64) for scale in (1e-30, 1, 1e14)),
+        *((np.float16, scale) for scale in (1e-6, 1, 1e4)),
+    ],
+)
 def test_descriptors_equal_brute_force(rng, small_blocks, dtype, scale):
     draw = lambda n: (scale * rng.standard_normal((n, 32))).astype(dtype)  # noqa: E731
     assert_exact(draw(20), draw(150), 10)
+
+
+@pytest.mark.parametrize("dtypes", [(np.float16, np.float32), (np.float64, np.float16)])
+def test_descriptors_of_different_precision(rng, small_blocks, dtypes):
+    """Stored values are compared as they are: nothing is rounded to the coarser type."""
+    rows = rng.standard_normal((170, 32))
+    queries, reference = (x.astype(t) for x, t in zip((rows[:20], rows[20:]), dtypes, strict=True))
+    assert_exact(queries, reference, 10)
+
+
+def test_half_precision_ties_and_its_largest_value(rng, small_blocks):
+    reference = np.round(rng.standard_normal((200, 3))).astype(np.float16)
+    reference[7] = np.finfo(np.float16).max
+    assert_exact(reference[::9], reference, 20)
+
+
+def test_memory_maps_of_descriptors(rng, tmp_path, small_blocks):
+    for dtype in (np.float16, np.float32):
+        np.save(tmp_path / "x.npy", rng.standard_normal((150, 700)).astype(dtype))
+        mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+        assert_exact(mapped[:20] + dtype(0.5), mapped, 10)
 
 
 def test_descriptors_with_ties(rng, small_blocks):
@@ -252,6 +278,8 @@ BAD = {
     "no reference": (GOOD, GOOD[:0], "reference are empty"),
     "shapes": (GOOD, GOOD[:, :2], "differ in shape"),
     "transposed": (GOOD[:, :2], GOOD[:, :, :2], "differ in shape"),
+    "NaN in half": (np.full((1, 2), np.nan, np.float16), np.ones((1, 2)), "queries hold NaN"),
+    "infinite half": (np.ones((1, 2)), np.full((1, 2), np.inf, np.float16), "reference hold NaN"),
     "NaN": (np.full((1, 2), np.nan), np.ones((1, 2)), "queries hold NaN"),
     "infinite": (np.ones((1, 2)), np.full((1, 2), np.inf), "reference hold NaN"),
 }

@@ -39,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from membench.errors import MembenchError
-from membench.similarity.pages import blocks, release
+from membench.similarity.pages import SPAN, blocks, gather, release
 
 Array = NDArray[Any]
 
@@ -50,7 +50,6 @@ PENDING = 12  # candidates kept per query, in multiples of k, before they are pr
 _SMOOTH = 0.9  # share of the squared distance that patches must keep to be worth a try
 USEFUL = 1 / 32  # share of pairs left to refine beyond which patches cost more than they save
 _REFINED = 64  # pairs refined at a time: their rows stay in the cache
-_MAPPED = 64 * 2**20  # bytes of a memory map that refining spans before it gives pages back
 PAIR_BYTES = 52  # working memory of one pair of a tile, if every pair survives
 
 
@@ -170,11 +169,16 @@ def sharpest(
     """A filter for pairs within squared distances [Q]: by patches if asked and of use."""
     if patches:
         filter_ = Filter(queries, centre, 2, r_rows)
-        rank = filter_.ranks(reference[:: -(-len(reference) // r_rows)])
+        rank = filter_.ranks(_sample(reference, r_rows))
         near = rank <= filter_.rank_of(squared)[:, None]
         if np.count_nonzero(near) <= USEFUL * rank.size:
             return filter_
     return Filter(queries, centre, 1, r_rows)
+
+
+def _sample(x: Array, n: int) -> Array:
+    """At most n rows, evenly spread."""
+    return gather(x, np.arange(0, len(x), -(-len(x) // n)))
 
 
 def refine(found: Candidates, queries: Array, reference: Array) -> NDArray[np.float64]:
@@ -182,13 +186,13 @@ def refine(found: Candidates, queries: Array, reference: Array) -> NDArray[np.fl
     squared = np.empty(len(found))
     order = np.argsort(found.index)
     row_bytes = n_features(reference) * reference.itemsize
-    first = 0
+    first = 0  # row from which on pages are in memory
     for start in range(0, len(found), _REFINED):
         pairs = order[start : start + _REFINED]
-        rows = flat_rows(reference[found.index[pairs]])
+        rows = flat_rows(gather(reference, found.index[pairs]))
         squared[pairs] = squared_l2(rows, flat_rows(queries[found.query[pairs]]))
         last = int(found.index[pairs[-1]]) + 1
-        if (last - first) * row_bytes > _MAPPED or start + _REFINED >= len(found):
+        if (last - first) * row_bytes > SPAN or start + _REFINED >= len(found):
             release(reference[first:last])
             first = last - 1
     return squared
@@ -231,8 +235,7 @@ def centre_of(reference: Array) -> tuple[Array, bool]:
 
     Any point and either choice give the same answer.
     """
-    sample = reference[:: -(-len(reference) // 256)].copy()
-    release(reference)
+    sample = _sample(reference, 256)
     mean: Array = sample.mean(axis=0, dtype=np.float64)
     if reference.dtype != np.uint8:
         return mean.astype(reference.dtype), False

@@ -111,7 +111,7 @@ def _merge(
     indices: tuple[NDArray[np.int32], NDArray[np.int32]],
     k: int,
 ) -> tuple[NDArray[Any], NDArray[np.int32]]:
-    """The first k of two lists [Q, m] by distance, then index; of a reference in both the nearer."""
+    """The first k of two lists [Q, m] by distance, then index; what is in both counts once."""
     distance, index = np.concatenate(distances, axis=1), np.concatenate(indices, axis=1)
     order = np.lexsort((distance, index))
     distance, index = (np.take_along_axis(x, order, axis=1) for x in (distance, index))
@@ -122,7 +122,9 @@ def _merge(
 
 def _unite(first: Pairs, second: Pairs) -> Pairs:
     """The pairs of both, each once at its smaller squared distance, by query, then index."""
-    query, index, squared = (np.concatenate(x) for x in zip(first, second, strict=True))
+    query = np.concatenate([first[0], second[0]])
+    index = np.concatenate([first[1], second[1]])
+    squared = np.concatenate([first[2], second[2]])
     order = np.lexsort((squared, index, query))
     query, index, squared = query[order], index[order], squared[order]
     new = np.ones(len(query), bool)

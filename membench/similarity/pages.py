@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+SPAN = 16 * 2**20
+"""Bytes of a memory map that scattered rows may span before its pages are given back."""
+
 
 def blocks(x: NDArray[Any], rows: int) -> Iterator[tuple[int, NDArray[Any]]]:
     """(start, x[start : start + rows]) from front to back; each is released when the next comes."""
@@ -21,6 +24,22 @@ def blocks(x: NDArray[Any], rows: int) -> Iterator[tuple[int, NDArray[Any]]]:
         block = x[start : start + rows]
         yield start, block
         release(block)
+
+
+def gather(x: NDArray[Any], rows: NDArray[Any]) -> NDArray[Any]:
+    """x[rows] for ascending rows; of a memory map, no more than `SPAN` stays in memory at a time.
+
+    A single row may bring up to 2 MiB of its neighbourhood with it, as the system sees fit.
+    """
+    row_bytes = x.itemsize * x[0].size
+    if int(rows[-1] - rows[0]) * row_bytes <= SPAN or _mapping(x) is None:
+        return x[rows]
+    out = np.empty((len(rows), *x.shape[1:]), x.dtype)
+    for start in range(0, len(rows), 8):
+        part = rows[start : start + 8]
+        out[start : start + 8] = x[part]
+        release(x[part[0] : part[-1] + 1])
+    return out
 
 
 def release(x: NDArray[Any]) -> None:

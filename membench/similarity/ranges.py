@@ -149,7 +149,9 @@ def tally_nearest_side(
     sides, reference = [np.asarray(side) for side in sides], np.asarray(reference)
     n_queries, dtype = len(sides[0]), sides[0].dtype
     radius = np.asarray(radii, np.float64)
-    each = _per_query(radius, n_queries, radius.shape[:1] or (1,))
+    if radius.ndim not in (1, 2):
+        raise MembenchError(f"radii must be a list [T] or [T, Q], not of shape {radius.shape}")
+    each = _per_query(radius, n_queries, radius.shape[:1])
     count = np.zeros((len(each), len(reference)), np.int32)
     total = np.zeros((len(each), len(reference)), np.int64)
     q_rows, r_rows = tile_rows(sides[0], reference, 0, memory_bytes // len(sides), _PAIR_BYTES)
@@ -198,7 +200,7 @@ def tally_nearest_side(
                 progress(len(parts[0]) * len(block) * len(sides))
         for part in parts:
             release(part)
-    return Tally(radius.reshape(len(each), *radius.shape[1:]), count, total)
+    return Tally(radius, count, total)
 
 
 def _any_side(ranks: list[NDArray[np.float32]], limits: list[NDArray[np.float32]]) -> Array:
