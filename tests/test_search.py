@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from membench.errors import MembenchError
-from membench.similarity import search
+from membench.similarity import filter, search
 from membench.similarity.search import Neighbours, nearest
 
 
@@ -39,7 +39,7 @@ def rng():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 7 queries by 11 references, so that every path is taken on little data."""
-    monkeypatch.setattr(search, "_tile", lambda *_: (7, 11))
+    monkeypatch.setattr(search, "tile_rows", lambda *_: (7, 11))
 
 
 def images(rng, n, shape=(4, 4, 3), low=0, high=256):
@@ -64,7 +64,7 @@ def test_equals_brute_force_for_any_images(data):
     draw = lambda n: data.draw(hnp.arrays(np.uint8, (n, d), elements=st.integers(0, top)))  # noqa: E731
     tile = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "_tile", lambda *_: tile)
+        patch.setattr(search, "tile_rows", lambda *_: tile)
         assert_exact(draw(data.draw(rows)), draw(data.draw(rows)), data.draw(st.integers(1, 12)))
 
 
@@ -84,9 +84,9 @@ def smooth(rng, n, noise=3):
 def patches(monkeypatch):
     """The patch sizes of the filters that a search used on blocks of references."""
     used = []
-    real = search._Filter.ranks
+    real = filter.Filter.ranks
     monkeypatch.setattr(
-        search._Filter, "ranks", lambda self, block: used.append(self.patch) or real(self, block)
+        filter.Filter, "ranks", lambda self, block: used.append(self.patch) or real(self, block)
     )
     return used
 
@@ -94,14 +94,14 @@ def patches(monkeypatch):
 @pytest.mark.parametrize("k", [1, 3, 50])
 @pytest.mark.parametrize("useful", [1, -1], ids=["patches", "patches given up"])
 def test_smooth_images_equal_brute_force(rng, small_blocks, patches, monkeypatch, k, useful):
-    monkeypatch.setattr(search, "_USEFUL", useful)
+    monkeypatch.setattr(filter, "USEFUL", useful)
     assert_exact(smooth(rng, 20), smooth(rng, 200), k)
     assert patches[-1] == (2 if useful > 0 else 1)
 
 
 def test_patches_that_keep_too_many(rng, small_blocks, patches, monkeypatch):
     """References that differ within their patches only: all survive the filter and are refined."""
-    monkeypatch.setattr(search, "_USEFUL", 1)
+    monkeypatch.setattr(filter, "USEFUL", 1)
     base = smooth(rng, 2, 0)
     reference = base.repeat(300, axis=0) + rng.integers(0, 2, (600, 8, 8, 3)).astype(np.uint8)
     assert_exact(np.concatenate([reference[:5], base]), reference, 3)
@@ -114,11 +114,11 @@ def test_patches_never_exceed_the_true_distance(rng):
         for make in (smooth, images):
             shape = {} if make is smooth else {"shape": (8, 8, 3)}
             x, y = (make(rng, 50, **shape) for _ in range(2))
-            f = [search._patches(z, patch).astype(int) for z in (x, y)]
+            f = [filter.patch_sums(z, patch).astype(int) for z in (x, y)]
             true = ((x.astype(int) - y) ** 2).reshape(50, -1).sum(axis=1)
             assert (((f[0] - f[1]) ** 2).sum(axis=1) <= patch**2 * true).all()
     flat = [np.full((1, 4, 4, 1), value, np.uint8) for value in (0, 255)]
-    sums = [search._patches(z, 4).astype(int) for z in flat]
+    sums = [filter.patch_sums(z, 4).astype(int) for z in flat]
     assert (sums[1] - sums[0]).item() ** 2 == 16 * 16 * 255**2
 
 
@@ -172,11 +172,37 @@ def test_blocks_do_not_change_the_answer(rng):
         np.testing.assert_array_equal(found.distance, expected.distance)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("scale", [1e-30, 1, 1e14])
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        *((dtype, scale) for dtype in (np.float32, np.float64) for scale in (1e-30, 1, 1e14)),
+        *((np.float16, scale) for scale in (1e-6, 1, 1e4)),
+    ],
+)
 def test_descriptors_equal_brute_force(rng, small_blocks, dtype, scale):
     draw = lambda n: (scale * rng.standard_normal((n, 32))).astype(dtype)  # noqa: E731
     assert_exact(draw(20), draw(150), 10)
+
+
+@pytest.mark.parametrize("dtypes", [(np.float16, np.float32), (np.float64, np.float16)])
+def test_descriptors_of_different_precision(rng, small_blocks, dtypes):
+    """Stored values are compared as they are: nothing is rounded to the coarser type."""
+    rows = rng.standard_normal((170, 32))
+    queries, reference = (x.astype(t) for x, t in zip((rows[:20], rows[20:]), dtypes, strict=True))
+    assert_exact(queries, reference, 10)
+
+
+def test_half_precision_ties_and_its_largest_value(rng, small_blocks):
+    reference = np.round(rng.standard_normal((200, 3))).astype(np.float16)
+    reference[7] = np.finfo(np.float16).max
+    assert_exact(reference[::9], reference, 20)
+
+
+def test_memory_maps_of_descriptors(rng, tmp_path, small_blocks):
+    for dtype in (np.float16, np.float32):
+        np.save(tmp_path / "x.npy", rng.standard_normal((150, 700)).astype(dtype))
+        mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+        assert_exact(mapped[:20] + dtype(0.5), mapped, 10)
 
 
 def test_descriptors_with_ties(rng, small_blocks):
@@ -238,7 +264,7 @@ def test_too_little_memory_is_refused(rng):
 
 def test_tiles_shrink_with_the_memory(rng):
     reference = np.empty((5000, 3072), np.uint8)
-    tiles = [search._tile(reference, reference, 50, 2**20 * m) for m in (256, 64, 16, 4)]
+    tiles = [filter.tile_rows(reference, reference, 50, 2**20 * m) for m in (256, 64, 16, 4)]
     assert all(q * r > s * t for (q, r), (s, t) in pairwise(tiles))
 
 
@@ -252,6 +278,8 @@ BAD = {
     "no reference": (GOOD, GOOD[:0], "reference are empty"),
     "shapes": (GOOD, GOOD[:, :2], "differ in shape"),
     "transposed": (GOOD[:, :2], GOOD[:, :, :2], "differ in shape"),
+    "NaN in half": (np.full((1, 2), np.nan, np.float16), np.ones((1, 2)), "queries hold NaN"),
+    "infinite half": (np.ones((1, 2)), np.full((1, 2), np.inf, np.float16), "reference hold NaN"),
     "NaN": (np.full((1, 2), np.nan), np.ones((1, 2)), "queries hold NaN"),
     "infinite": (np.ones((1, 2)), np.full((1, 2), np.inf), "reference hold NaN"),
 }

@@ -276,7 +276,7 @@ def _count(side: _Side, band: Band, match: Match) -> BandCounts:
     if match == "any" and not side.matches.covers(band, side.name):
         if counted is None:
             return BandCounts(hits, np.empty(0, np.int64), np.empty(0, np.int64), False)
-        sole = counted.total[counted.count == 1]
+        sole = counted.sole[counted.sole >= 0]
         exclusive = np.bincount(sole, minlength=len(hits))
         return BandCounts(hits, counted.count.astype(np.int64), exclusive, True)
     phi = image.matched(inside, match)

@@ -1,7 +1,9 @@
-"""Near-duplicates by a strict absolute rule that knows no score: RMSE between thumbnails.
+"""Near-duplicate images, by a strict absolute rule that is independent of every score.
 
-The rule measures two images only, in units of pixels, so it depends neither on the rest of a data
-set (as normalised L2 does) nor on a descriptor and its weights. Searches are exact.
+Two images are near-duplicates if the root-mean-square error between their *thumbnails*, with pixels
+in [0, 1], is at most a given number. A thumbnail is the image itself up to 32 x 32 pixels; a larger
+one is averaged down (Pillow's BOX filter) to 32 on its longer side, in 8 bits. A rule that scores
+are calibrated by must not know the score, or the null distribution is biased.
 """
 
 from __future__ import annotations
@@ -15,103 +17,145 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from membench.errors import MembenchError
-from membench.similarity.pages import release
-from membench.similarity.search import nearest, within
+from membench.similarity.pages import blocks
+from membench.similarity.ranges import tally, within
+from membench.similarity.search import nearest
 
-Array = NDArray[Any]
+SIDE = 32
+"""Longer side of a thumbnail in pixels."""
+
+_CHUNK = 1024  # images that `keep_first` settles at a time: their pairs fit into a matrix of flags
+_MEMORY = 256 * 2**20
+_BLOCK_BYTES = 2**24  # images read at a time to make thumbnails
+
 Progress = Callable[[int], None] | None
 
-SIDE = 32  # longest side of a thumbnail, pixels
-_BLOCK = 2048  # images compared at a time by `keep_first`
 
+def thumbnails(images: NDArray[np.uint8], *, progress: Progress = None) -> NDArray[np.uint8]:
+    """Images [N, H, W, C] averaged down to at most 32 x 32 pixels, uint8 [N, h, w, C].
 
-def thumbnails(images: Array) -> NDArray[np.uint8]:
-    """Images uint8 [N, H, W, C] as they are up to 32 pixels on the longer side, else averaged down.
-
-    Larger ones become [N, h, w, C] with 32 pixels on the longer side, each the mean of its area
-    (Pillow's BOX), rounded. They may be a memory map, which is read image by image.
-    Raises MembenchError for other shapes and dtypes, and for channels other than 1 or 3.
+    Images that are small enough are returned as they are, a memory map as a memory map; larger
+    ones are read block by block. progress: called with the number of images just done.
+    Raises MembenchError for anything but uint8 images.
     """
-    images = np.asarray(images)  # a memory map stays one
-    if images.ndim != 4 or images.dtype != np.uint8 or images.size == 0:
-        raise MembenchError(
-            f"near-duplicates need uint8 images [N, H, W, C], not {images.dtype} {images.shape}"
-        )
+    if not isinstance(images, np.ndarray) or images.ndim != 4 or images.dtype != np.uint8:
+        what = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images)
+        raise MembenchError(f"thumbnails are of uint8 images [N, H, W, C], not of {what}")
+    if images.size == 0:
+        raise MembenchError(f"there are no images to compare: shape {images.shape}")
     n, height, width, channels = images.shape
     longer = max(height, width)
     if longer <= SIDE:
+        if progress is not None:
+            progress(n)
         return images
-    if channels not in (1, 3):
-        raise MembenchError(f"near-duplicates need images of 1 or 3 channels, not {channels}")
-    h, w = (max(1, round(side * SIDE / longer)) for side in (height, width))
-    small = np.empty((n, h, w, channels), np.uint8)
-    for i, image in enumerate(images):
-        pixels = Image.fromarray(image[..., 0] if channels == 1 else image)
-        small[i] = np.asarray(pixels.resize((w, h), Image.Resampling.BOX)).reshape(h, w, channels)
-        release(image)
+    size = tuple(max(1, round(side * SIDE / longer)) for side in (width, height))
+    small = np.empty((n, size[1], size[0], channels), np.uint8)
+    rows = max(1, _BLOCK_BYTES // (height * width * channels))
+    for start, block in blocks(np.asarray(images), rows):
+        for out, image in zip(small[start : start + rows], block, strict=True):
+            for c in range(channels):
+                plane = Image.fromarray(np.ascontiguousarray(image[..., c]))
+                out[..., c] = plane.resize(size, Image.Resampling.BOX)
+        if progress is not None:
+            progress(len(block))
     return small
 
 
 def nearest_rmse(
-    images: Array, reference: Array, *, progress: Progress = None
+    images: NDArray[np.uint8],
+    reference: NDArray[np.uint8],
+    *,
+    memory_bytes: int = _MEMORY,
+    progress: Progress = None,
 ) -> NDArray[np.float32]:
-    """RMSE [Q], pixels in [0, 1], of each image's thumbnail to the nearest one of the reference.
+    """RMSE of each image's thumbnail to the nearest thumbnail of the reference, [Q] in [0, 1].
 
-    images, reference: uint8 [*, H, W, C]. progress: called with numbers of pairs, Q * N in all.
+    images, reference: uint8 [Q, H, W, C] and [N, H', W', C] whose thumbnails have one shape.
+    memory_bytes: bound of the working memory, without inputs, thumbnails and result.
+    progress: called with the number of pairs just compared; they add up to Q * N.
     """
-    images, reference = thumbnails(images), thumbnails(reference)
-    found = nearest(images, reference, 1, progress=progress)
-    return _rmse(found.distance[:, 0], images)
+    small, other = thumbnails(images), thumbnails(reference)
+    found = nearest(small, other, 1, memory_bytes=memory_bytes, progress=progress)
+    return _rmse(found.distance[:, 0], small)
 
 
-def nearest_other_rmse(images: Array, *, progress: Progress = None) -> NDArray[np.float32]:
-    """RMSE [N], pixels in [0, 1], of each thumbnail to the nearest *other* one of the same set.
+def nearest_other_rmse(
+    images: NDArray[np.uint8], *, memory_bytes: int = _MEMORY, progress: Progress = None
+) -> NDArray[np.float32]:
+    """RMSE of each image's thumbnail to the nearest of the *other* images, [N] in [0, 1].
 
-    Exact duplicates have 0, a single image inf. images: uint8 [N, H, W, C]. progress: called with
-    numbers of pairs, N * N in all.
+    Duplicates have 0; an image without any other has infinity. Arguments as for `nearest_rmse`,
+    pairs add up to N^2.
     """
-    images = thumbnails(images)
-    found = nearest(images, images, 2, progress=progress)
+    small = thumbnails(images)
+    found = nearest(small, small, 2, memory_bytes=memory_bytes, progress=progress)
     if len(images) == 1:
         return np.full(1, np.inf, np.float32)
-    # the image itself comes first, or behind a duplicate, which is at distance 0 as well
-    itself = found.index[:, 0] == np.arange(len(images))
-    return _rmse(np.where(itself, found.distance[:, 1], found.distance[:, 0]), images)
+    # an image that is not its own first neighbour has a copy that comes before it, at 0 too
+    first_is_self = found.index[:, 0] == np.arange(len(images))
+    return _rmse(np.where(first_is_self, found.distance[:, 1], found.distance[:, 0]), small)
 
 
-def keep_first(images: Array, rmse: float, *, progress: Progress = None) -> NDArray[np.bool_]:
-    """Which images [N] remain if each within `rmse` of an earlier one that remains is dropped.
+def keep_first(
+    images: NDArray[np.uint8],
+    rmse: float,
+    *,
+    memory_bytes: int = _MEMORY,
+    progress: Progress = None,
+) -> NDArray[np.bool_]:
+    """Which images stay if near-duplicates of earlier ones that stay are dropped, bool [N].
 
-    images: uint8 [N, H, W, C]; compared as thumbnails. rmse: pixels in [0, 1], edge included.
-    Exact for duplicates in any number; the working memory does not grow with them.
-    progress: called with numbers of pairs, N * N in all (a pair counts in both orders).
+    An image is dropped if a kept image of lower index lies within `rmse` (thumbnails, edge
+    included). So no two kept images are near-duplicates, and every dropped one has a kept one.
+    Exact for clusters of any size: what a chunk of images keeps is counted against all later ones.
+    progress: called with the number of images just settled; they add up to N.
+    Raises MembenchError for an rmse that is NaN, negative or infinite.
     """
-    images = thumbnails(images)
-    radius = rmse * _values(images)
-    kept = np.ones(len(images), bool)
-    for start in range(0, len(images), _BLOCK):
-        block = images[start : start + _BLOCK]
-        stop = start + len(block)
-        own = kept[start:stop]  # a view
-        near = np.zeros((len(block), len(block)), bool)  # [earlier, later] of this block
-        for query, index, _ in within(block, images[:stop], radius):
-            inside = index >= start
-            near[index[inside] - start, query[inside]] = True
-            own[query[~inside][kept[index[~inside]]]] = False
-        near = np.triu(near, 1)
-        for i in np.flatnonzero(near.any(axis=1)):
-            if own[i]:
-                own[near[i]] = False
+    if not 0 <= rmse < math.inf:
+        raise MembenchError(f"the RMSE of near-duplicates must be a finite number >= 0, not {rmse}")
+    small = np.asarray(thumbnails(images))
+    radius = _radius(rmse, small)
+    keep = np.ones(len(small), bool)
+    for start in range(0, len(small), _CHUNK):
+        end = min(start + _CHUNK, len(small))
+        alive = start + np.flatnonzero(keep[start:end])
+        if len(alive):
+            chunk = small[alive]
+            keep[alive] = _keep_first_of_chunk(chunk, radius, memory_bytes)
+            kept = chunk[keep[alive]]
+            if end < len(small):
+                near = tally(kept, small[end:], [radius], memory_bytes=memory_bytes)
+                keep[end:] &= near.count[0] == 0
         if progress is not None:
-            progress(stop**2 - start**2)
-    return kept
+            progress(end - start)
+    return keep
 
 
-def _values(images: Array) -> float:
-    """L2 distance over RMSE of such images."""
-    return math.sqrt(math.prod(images.shape[1:]))
+def _keep_first_of_chunk(
+    chunk: NDArray[np.uint8], radius: float, memory_bytes: int
+) -> NDArray[np.bool_]:
+    near = np.zeros((len(chunk), len(chunk)), bool)
+    for image, other, _ in within(chunk, chunk, radius, memory_bytes=memory_bytes):
+        near[image, other] = True
+    keep = np.ones(len(chunk), bool)
+    for i in range(len(chunk)):
+        keep[i] = not near[i, :i][keep[:i]].any()
+    return keep
 
 
-def _rmse(distance: NDArray[np.float32], images: Array) -> NDArray[np.float32]:
-    rmse: NDArray[np.float32] = (distance.astype(np.float64) / _values(images)).astype(np.float32)
-    return rmse
+def _rmse(distance: Any, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The RMSE of L2 distances between images, pixels in [0, 1]."""
+    values = math.prod(images.shape[1:])
+    return np.asarray(distance / np.sqrt(np.float64(values)), np.float32)
+
+
+def _radius(rmse: float, images: NDArray[np.uint8]) -> float:
+    """The largest float32 distance whose `_rmse` does not exceed rmse: edges are the same."""
+    limit = np.float64(rmse)
+    radius = np.float32(rmse * math.sqrt(math.prod(images.shape[1:])))
+    while _rmse(np.nextafter(radius, np.float32(np.inf)), images) <= limit:
+        radius = np.nextafter(radius, np.float32(np.inf))
+    while _rmse(radius, images) > limit:
+        radius = np.nextafter(radius, np.float32(-np.inf))
+    return float(radius)

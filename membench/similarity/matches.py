@@ -17,8 +17,11 @@ from numpy.typing import NDArray
 
 from membench.errors import MembenchError
 from membench.files import write_npz
+from membench.similarity.filter import to_distance
+from membench.similarity.flips import merge
 from membench.similarity.measures import MEASURES, NL2, Band, Measure
-from membench.similarity.search import Neighbours, Tally, merge, nearest, tally, within
+from membench.similarity.ranges import tally_nearest_side, within
+from membench.similarity.search import Neighbours, nearest
 
 _FORMAT = 2
 SIDES = ("members", "heldout")
@@ -49,12 +52,12 @@ class Pairs:
 class Counted:
     """Exact counts of all pairs of one band, for bands with more pairs than are kept.
 
-    count: int32 [N], the images that match each reference; total: int64 [N], the sum of their
-    indices, which is the image itself where there is one.
+    count: int32 [N], the images that match each reference; sole: int64 [N], the image where it is
+    only one, else -1.
     """
 
     count: NDArray[np.int32]
-    total: NDArray[np.int64]
+    sole: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,7 @@ class Matches:
             }
             contents |= {f"{name}_beyond_{k}": v for k, v in vars(found.beyond).items()}
             contents[f"{name}_bands"] = np.array(sorted(found.counted), dtype="U")
-            for kind in ("count", "total"):
+            for kind in ("count", "sole"):
                 rows = [getattr(found.counted[band], kind) for band in sorted(found.counted)]
                 dtype = np.int32 if kind == "count" else np.int64
                 stacked = np.array(rows, dtype).reshape(len(rows), found.rows)
@@ -263,9 +266,9 @@ class Matches:
 def _side(content: dict[str, Any], name: str) -> Side:
     duplicates = int(content[f"{name}_near_duplicates"])
     bands = [str(band) for band in content[f"{name}_bands"]]
-    counts, totals = content[f"{name}_counted_count"], content[f"{name}_counted_total"]
+    counts, soles = content[f"{name}_counted_count"], content[f"{name}_counted_sole"]
     rows = int(content[f"{name}_rows"])
-    for counted in (counts, totals):
+    for counted in (counts, soles):
         if counted.shape != (len(bands), rows):
             raise ValueError(f"{name}: counts of shape {counted.shape} for {rows} references")
     return Side(
@@ -274,7 +277,7 @@ def _side(content: dict[str, Any], name: str) -> Side:
         rows,
         Pairs(*(content[f"{name}_beyond_{key}"] for key in ("image", "index", "distance"))),
         float(content[f"{name}_complete"]),
-        {band: Counted(*pair) for band, *pair in zip(bands, counts, totals, strict=True)},
+        {band: Counted(*pair) for band, *pair in zip(bands, counts, soles, strict=True)},
         None if duplicates < 0 else duplicates,
     )
 
@@ -414,7 +417,7 @@ def _beyond(
         return Pairs.none()
     radius = float(measure.distances(widest, listed.distance[:1])[0])
     taken = np.sort((full[:, None] * len(compared) + listed.index[full]).ravel())
-    keys, squares, held = [], [], 0
+    keys, distances, held = [], [], 0
     for rows in queries:
         for query, index, squared in within(rows[full], compared, radius, **options):
             key = full[query] * len(compared) + index
@@ -424,19 +427,19 @@ def _beyond(
             if held > max_pairs:
                 return None
             keys.append(key[new])
-            squares.append(squared[new])
-    key, squared = np.concatenate(keys), np.concatenate(squares)
-    order = np.lexsort((squared, key))
-    key, squared = key[order], squared[order]
+            distances.append(to_distance(squared[new], rows.dtype))
+    key, distance = np.concatenate(keys), np.concatenate(distances)
+    order = np.lexsort((distance, key))
+    key, distance = key[order], distance[order]
     first = np.ones(len(key), np.bool_)  # of the two orientations the nearer one
     first[1:] = key[1:] != key[:-1]
     image, index = np.divmod(key[first], len(compared))
-    distance = np.sqrt(squared[first])
+    distance = distance[first]
     order = np.lexsort((index, distance, image))
     return Pairs(
         image[order].astype(np.int32),
         index[order].astype(np.int32),
-        distance[order].astype(np.float32),
+        distance[order],
     )
 
 
@@ -449,12 +452,7 @@ def _count(
     options: dict[str, Any],
 ) -> dict[str, Counted]:
     """Exact counts of every pair of the bands, in one streaming pass over all references."""
-    if len(queries) > 1:
-        raise MembenchError(
-            f"the band {bands[0]} holds too many pairs to keep, and pairs of mirrored images "
-            "cannot be counted in a stream; leave it out of band_modes or turn flips off"
-        )
-    edges: list[NDArray[np.float32]] = []
+    edges: list[NDArray[np.float64]] = []
     spans = []
     for band in bands:
         near, far = (band.lower, band.upper) if measure.sign == 1 else (band.upper, band.lower)
@@ -471,25 +469,24 @@ def _count(
         assert far is not None, "a band that ends nowhere"
         edges.append(_radius(measure.distances(far, listed.distance), far_open))
         spans.append((inner, len(edges) - 1))
-    found: Tally = tally(queries[0], compared, np.array(edges), **options)
+    found = tally_nearest_side(
+        queries, compared, np.array(edges), options["memory_bytes"], options["progress"]
+    )
     return {
         str(band): Counted(*found.band(inner, outer))
         for band, (inner, outer) in zip(bands, spans, strict=True)
     }
 
 
-def _radius(distance: NDArray[np.float64], strict: bool) -> NDArray[np.float32]:
-    """The largest float32 that is at most (if strict: below) each distance; `within` and the lists
-    hold distances as float32."""
-    radius = distance.astype(np.float32)
-    too_far = radius >= distance if strict else radius > distance
-    return np.where(too_far, np.nextafter(radius, np.float32(0)), radius)
+def _radius(distance: NDArray[np.float64], strict: bool) -> NDArray[np.float64]:
+    """The radius that holds whatever is at most (if strict: below) each distance."""
+    return np.nextafter(distance, 0) if strict else distance
 
 
 def _spread(counted: Counted, reference: Reference, rows: int) -> Counted:
     """Counts by compared row as counts by row of the split."""
     if reference.keep is None:
         return counted
-    count, total = np.zeros(rows, np.int32), np.zeros(rows, np.int64)
-    count[reference.keep], total[reference.keep] = counted.count, counted.total
-    return Counted(count, total)
+    count, sole = np.zeros(rows, np.int32), np.full(rows, -1, np.int64)
+    count[reference.keep], sole[reference.keep] = counted.count, counted.sole
+    return Counted(count, sole)
