@@ -246,8 +246,8 @@ def test_the_command_as_a_user_types_it(command: Command, tmp_path: Path) -> Non
         ("train fashion_mini --target nothing", "no target of fashion_mini named 'nothing'"),
         ("verify nowhere.json", "nowhere.json: no such file"),
         ("list method", "did you mean 'methods'"),
-        ("info nothing", "no method, data set, target or metric named 'nothing'"),
-        ("test nothing", "no method named 'nothing'"),
+        ("info nothing", "no plugin, data set, target or metric named 'nothing'"),
+        ("test nothing", "no plugin named 'nothing'"),
         ("new method 3d", "a Python name in small letters"),
     ],
 )

@@ -1,11 +1,13 @@
-"""What runs a network that came as a file: TorchScript and ONNX, as functions of images."""
+"""What runs a network that came as a file: TorchScript and ONNX, as functions of images.
+
+torch is imported when a network is loaded: a list of descriptors needs none.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from membench.errors import MembenchError
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 def torchscript(setup: Setup) -> Describe:
     """A TorchScript network of normalised images float32 [B, 3, H, W] -> [B, D]."""
+    import torch
+
     assert setup.weights is not None
     try:
         network = torch.jit.load(str(setup.weights), map_location=setup.device).eval()
@@ -39,6 +43,8 @@ def onnx(setup: Setup) -> Describe:
     x86 processors without VNNI (its documentation on quantisation), so int8 scores of two kinds of
     processor need not agree.
     """
+    import torch
+
     try:
         import onnxruntime
     except ImportError:
