@@ -78,8 +78,20 @@ def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    """JSON, indented by one; a list of plain values takes one line, however long it is."""
+    text = _indented(value, "") + "\n"
     replace_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _indented(value: Any, margin: str) -> str:
+    inner = margin + " "
+    if isinstance(value, dict) and value:
+        items = (f"{json.dumps(str(k))}: {_indented(v, inner)}" for k, v in value.items())
+        return "{\n" + inner + f",\n{inner}".join(items) + f"\n{margin}}}"
+    if isinstance(value, list | tuple) and any(isinstance(v, dict | list | tuple) for v in value):
+        parts = (_indented(v, inner) for v in value)
+        return "[\n" + inner + f",\n{inner}".join(parts) + f"\n{margin}]"
+    return json.dumps(value, allow_nan=False)
 
 
 def read_json(path: Path) -> Any:
