@@ -82,8 +82,9 @@ def _stream(
             squared = refine(found, block, reference)
             chosen = to_distance(squared, queries.dtype) <= edge[found.query]
             query = found.query[chosen] + np.int64(begin)
+            release(block)
             if progress is not None:
-                progress(len(block) * len(other))
+                progress(len(block)*1 * len(other))
             yield query, found.index[chosen], squared[chosen]
 
 
