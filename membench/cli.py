@@ -14,6 +14,7 @@ import typer
 
 from membench import __version__
 from membench.errors import MembenchError
+from membench.experiments.cli import experiment_app
 
 if TYPE_CHECKING:
     from membench.registry import Registry
@@ -30,6 +31,7 @@ board_app = typer.Typer(no_args_is_help=True, help="Boards made from saved recor
 new_app = typer.Typer(no_args_is_help=True, help="Write a working template.")
 app.add_typer(board_app, name="leaderboard")
 app.add_typer(new_app, name="new")
+app.add_typer(experiment_app, name="experiment")
 
 Plugins = Annotated[
     list[Path] | None,
