@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -38,7 +38,8 @@ def classes(
     Every cell (value and seed) is a point; each band of a mode gets its own line. What counts is
     the number of classes the classifier has in the end, not what the parameter asked for.
     """
-    rows, records = [], []
+    rows: list[dict[str, Any]] = []
+    records: list[Mapping[str, Any]] = []
     for group in prepared:
         row = run_all(group)
         records += row.records
@@ -66,7 +67,7 @@ def classes(
     return Result(NAME, rows, figure, made_of, _reading(fits, mode, printed))
 
 
-def _lines(cell: Cell, record: dict[str, Any], parameter: str) -> list[dict[str, Any]]:
+def _lines(cell: Cell, record: Mapping[str, Any], parameter: str) -> list[dict[str, Any]]:
     assert cell.surrogate is not None
     classifier = cell.lab.store.get(cell.surrogate.classifier)
     average = record["scores"]["average"]

@@ -12,6 +12,7 @@ from membench.similarity.measures import LEVELS, Measure
 _LEVEL_COLOURS = dict(zip(LEVELS, ("#56b4e9", MEMBER, "#cc79a7"), strict=True))
 _TOP_COLOURS = ("#cc79a7", MEMBER, "#009e73")
 _PUBLISHED = "#d55e00"
+_EXTRAPOLATED = "#009e73"
 
 
 def rounded(value: Any) -> Any:
@@ -45,13 +46,13 @@ def draw_guidance(
     for axis, metric in zip(axes[0], ("ams", "ums"), strict=False):
         for side, colour, style in (("members", MEMBER, "-"), ("heldout", HELDOUT, "--")):
             known = [row for row in mine if row[f"{metric}_{side}"] is not None]
-            x = [row["guidance_scale"] for row in known]
+            at = [row["guidance_scale"] for row in known]
             y, low, high = (
                 [100 * row[f"{metric}_{side}{end}"] for row in known]
                 for end in ("", "_low", "_high")
             )
-            axis.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
-            axis.plot(x, y, style, marker="o", ms=3.5, color=colour, label=_side(side))
+            axis.fill_between(at, low, high, color=colour, alpha=0.18, lw=0)
+            axis.plot(at, y, style, marker="o", ms=3.5, color=colour, label=_side(side))
         axis.set_title(f"{metric.upper()}, {mode} {level}, %", loc="left")
         axis.set_ylim(bottom=0)
     axes[0, 0].legend(frameon=False)
@@ -107,42 +108,23 @@ def draw_unique(rows: Sequence[Mapping[str, Any]], made_of: Mapping[str, Any], t
     """Unique matches and UMS against the number of images; extrapolation dashed."""
     plt = new_pyplot()
     inside = [row for row in rows if row["kind"] == "measured"]
-    beyond = [inside[-1] | {
-        "chao": inside[-1]["rarefied"], "good_toulmin": inside[-1]["rarefied"],
-        "good_toulmin_low": inside[-1]["rarefied"], "good_toulmin_high": inside[-1]["rarefied"],
-    }] + [row for row in rows if row["kind"] == "extrapolated"]  # fmt: skip
+    beyond = [row for row in rows if row["kind"] == "extrapolated"]
+    bands = ((inside, "rarefied", MEMBER), (beyond, "good_toulmin", _EXTRAPOLATED))
+    lines = (
+        (inside, "rarefied", "-", MEMBER, "exact rarefaction, 95 % of subsets"),
+        (inside, "measured", ".", "#4d4d4d", "measured, first n"),
+        ([*inside, *beyond], "with_replacement", ":", _PUBLISHED, "the papers' formula"),
+        (beyond, "good_toulmin", "--", _EXTRAPOLATED, "extrapolated: Good-Toulmin, 95 %"),
+        (beyond, "chao", "--", MEMBER, "extrapolated: Chao"),
+        (inside, "rarefied_heldout", "-", HELDOUT, "held-out (false matches)"),
+    )
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
     for axis, share in zip(axes, (False, True), strict=True):
-
-        def line(
-            part: Sequence[Mapping[str, Any]], key: str, share: bool = share
-        ) -> tuple[list[int], list[float]]:
-            factor = [100 / row["images"] if share else 1.0 for row in part]
-            values = [row[key] * f for row, f in zip(part, factor, strict=True)]
-            return [row["images"] for row in part], values
-
-        x, low = line(inside, "rarefied_low")
-        axis.fill_between(x, low, line(inside, "rarefied_high")[1], color=MEMBER, alpha=0.18, lw=0)
-        axis.plot(
-            *line(inside, "rarefied"), color=MEMBER, label="exact rarefaction, 95 % of subsets"
-        )
-        axis.plot(
-            *line(inside, "measured"), "o", ms=3.5, color="#4d4d4d", label="measured, first n"
-        )
-        both = [*inside, *beyond[1:]]
-        axis.plot(
-            *line(both, "with_replacement"), ":", color=_PUBLISHED, label="the papers' formula"
-        )
-        x, low = line(beyond, "good_toulmin_low")
-        high = line(beyond, "good_toulmin_high")[1]
-        axis.fill_between(x, low, high, color="#009e73", alpha=0.15, lw=0)
-        axis.plot(
-            *line(beyond, "good_toulmin"), "--", color="#009e73", label="extrapolated: Good-Toulmin"
-        )
-        axis.plot(*line(beyond, "chao"), "--", color=MEMBER, label="extrapolated: Chao")
-        axis.plot(
-            *line(inside, "rarefied_heldout"), color=HELDOUT, label="held-out (false matches)"
-        )
+        for part, key, colour in bands:
+            low, high = (_per_image(part, f"{key}_{end}", share) for end in ("low", "high"))
+            axis.fill_between(_images(part), low, high, color=colour, alpha=0.18, lw=0)
+        for part, key, style, colour, label in lines:
+            axis.plot(_images(part), _per_image(part, key, share), style, color=colour, label=label)
         axis.axvline(inside[-1]["images"], color=LINE, lw=1)
         axis.set_xlabel("images N_G")
         axis.set_xlim(left=0)
@@ -154,6 +136,15 @@ def draw_unique(rows: Sequence[Mapping[str, Any]], made_of: Mapping[str, Any], t
     axes[0].legend(frameon=False, loc="upper left")
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return svg(figure, rounded([*rows, made_of]))
+
+
+def _images(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [row["images"] for row in rows]
+
+
+def _per_image(rows: Sequence[Mapping[str, Any]], key: str, share: bool) -> list[float]:
+    """Numbers of unique matches, or % of the images if `share`."""
+    return [row[key] * (100 / row["images"] if share else 1) for row in rows]
 
 
 def draw_classes(

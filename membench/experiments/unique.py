@@ -76,7 +76,7 @@ def unique(prepared: Sequence[Cell], mode: str, level: str) -> Result:
         sides[name] = _Side(richness.incidence(image, reference, len(matches), rows))
     n = len(matches)
     lines = [_inside(sides, size, n) for size in sizes(n)]
-    lines += [_beyond(sides["members"], size, n) for size in sizes(BEYOND * n) if size > n]
+    lines += [_beyond(sides["members"], size, n) for size in sizes(BEYOND * n) if size >= n]
     members = sides["members"]
     multiple = np.asarray(members.found.sum(axis=1)).ravel()
     chao = richness.chao1(members.counts, n)
@@ -100,8 +100,8 @@ def unique(prepared: Sequence[Cell], mode: str, level: str) -> Result:
 
 
 def sizes(n: int) -> list[int]:
-    """About `POINTS` evenly spaced numbers of images up to n, n included."""
-    return sorted({max(1, round(n * i / POINTS)) for i in range(1, POINTS + 1)})
+    """About `POINTS` evenly spaced numbers of images up to n; n and n / 2 among them."""
+    return sorted({max(1, round(n * i / POINTS)) for i in range(1, POINTS + 1)} | {n // 2 or 1})
 
 
 def _inside(sides: dict[str, _Side], size: int, n: int) -> dict[str, Any]:

@@ -186,8 +186,8 @@ def good_toulmin(counts: Counts, n_images: int, size: int) -> Extrapolated:
     With t = size / n - 1: S - sum_i (-t)^i P(L >= i) f_i. Up to t = 1 unsmoothed (Good and Toulmin
     1956). Beyond, L ~ Binomial(m, 2 / (2 + t)), m = floor(log_3(n t^2 / (t - 1)) / 2) (Efron and
     Thisted 1976; parameters: Orlitsky, Suresh and Wu 2016). So training image j adds
-    g(k_j) = 1 - (-t)^k_j P(L >= k_j), and the interval +- z sqrt(sum_j g(k_j)^2) covers the noise
-    of the k_j (no less than Poisson noise), not the bias. Not below S.
+    g(k_j) = 1 - (-t)^k_j P(L >= k_j), and the interval +- z sqrt(sum_j g(k_j)^2), of the expected
+    number, covers the noise of the k_j (no less than Poisson noise), not the bias. At least S.
     Raises MembenchError for a size below n, and for t > log n, where no estimator is consistent
     (Orlitsky et al. 2016).
     """
@@ -206,7 +206,6 @@ def good_toulmin(counts: Counts, n_images: int, size: int) -> Extrapolated:
         tail = np.where(i <= m, bdtrc(np.minimum(i, m + 1) - 1, m, 2 / (2 + t)), 0.0)
         log_size = i * math.log(t) + np.log(tail, out=np.full(len(i), -np.inf), where=tail > 0)
         weights = np.where(i % 2 == 1, 1.0, -1.0) * np.exp(log_size)
-    new = float(weights @ f_i)
+    value = max(float(len(seen)), float((1 + weights) @ f_i))
     half = CRITICAL * math.sqrt(float((1 + weights) ** 2 @ f_i))
-    low, high = (len(seen) + max(0.0, new + side * half) for side in (-1, 1))
-    return Extrapolated(len(seen) + max(0.0, new), (low, high))
+    return Extrapolated(value, (max(0.0, value - half), value + half))
