@@ -44,10 +44,14 @@ def missed(k: Counts, n_images: int, size: int) -> NDArray[np.float64]:
 
     k: [...] in 0..n. Raises MembenchError for a size outside 0..n: that would be extrapolation.
     """
+    return np.asarray(np.exp(_log_missed(k, n_images, size)))
+
+
+def _log_missed(k: Counts, n_images: int, size: int) -> NDArray[np.float64]:
     if not 0 <= size <= n_images:
         raise MembenchError(f"cannot rarefy {n_images} images to {size}")
     k = np.asarray(k, np.float64)
-    certain = n_images - k < size
+    certain = n_images - k < size  # some of the k are in every subset
     left = np.where(certain, size, n_images - k)
     log_missed = (
         gammaln(left + 1)
@@ -55,7 +59,7 @@ def missed(k: Counts, n_images: int, size: int) -> NDArray[np.float64]:
         - gammaln(n_images + 1)
         + gammaln(n_images - size + 1)
     )
-    return np.where(certain, 0.0, np.exp(np.minimum(log_missed, 0.0)))
+    return np.where(certain, -np.inf, np.minimum(log_missed, 0.0))
 
 
 def rarefied(counts: Counts, n_images: int, size: int) -> float:
@@ -66,7 +70,7 @@ def rarefied(counts: Counts, n_images: int, size: int) -> float:
     common size. Raises MembenchError for a size outside 0..n.
     """
     seen = np.asarray(counts)[np.asarray(counts) > 0]
-    return float((1 - missed(seen, n_images, size)).sum())
+    return float(-np.expm1(_log_missed(seen, n_images, size)).sum())
 
 
 def rarefied_variance(found: sparse.csr_array, size: int) -> float:
