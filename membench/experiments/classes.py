@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from membench.errors import MembenchError
-from membench.experiments.common import Result, Setting, facts, known_published, run_all
+from membench.experiments.common import Result, Setting, facts, known_published, run_all, title
 from membench.experiments.figures import draw_classes
 from membench.metrics.regression import LinearFit, linear_fit
 from membench.run import Cell
@@ -61,9 +61,7 @@ def classes(
         "fits": {name: asdict(fit) for name, fit in fits.items()},
         "published": printed,
     }
-    spec = every[0].spec
-    title = f"{spec.method} on {spec.dataset} / {spec.target}"
-    figure = draw_classes(rows, fits, mode, title, parameter)
+    figure = draw_classes(rows, fits, mode, title(every), parameter)
     return Result(NAME, rows, figure, made_of, _reading(fits, mode, printed))
 
 

@@ -86,7 +86,7 @@ class _Desk:
             print(json.dumps(result.facts | {"rows": result.rows}, indent=1))
             return
         for line in result.reading:
-            console.print(line, highlight=False, markup=False)
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         for path in paths:
             print(path)
 

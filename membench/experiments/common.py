@@ -101,6 +101,15 @@ def facts(cells: Sequence[Cell], records: Iterable[Mapping[str, Any]]) -> dict[s
     }
 
 
+def title(cells: Sequence[Cell]) -> str:
+    """`side_c on fashion_mini / ddpm, 256 images a scale, 3 seeds`: the head of a figure."""
+    spec = cells[0].spec
+    seeds = len({cell.spec.seed for cell in cells})
+    more = "" if seeds == 1 else f", {seeds} seeds"
+    images = f"{spec.images_per_scale:,} images a scale{more}"
+    return f"{spec.method} on {spec.dataset} / {spec.target}, {images}"
+
+
 def parse_band(text: str, modes: Sequence[str]) -> tuple[str, str]:
     """`mid` or `cumulative:low` as mode and level; the card's headline mode if it is not named."""
     mode, _, level = text.rpartition(":")

@@ -76,7 +76,9 @@ def draw_guidance(
             label = f"nearest {x} %" if side == "members" else None
             axes[0, 2].plot(scales, values, style, marker="o", ms=3, color=colour, label=label)
     axes[0, 2].set_title(f"mean {measure.symbol} of the nearest; dashed: held-out", loc="left")
-    axes[0, 2].legend(frameon=False)
+    low, high = axes[0, 2].get_ylim()
+    axes[0, 2].set_ylim(low, high + 0.4 * (high - low))  # room for the legend
+    axes[0, 2].legend(frameon=False, loc="upper left")
     for axis in axes[0]:
         _scale_axis(axis, scales)
     if printed:
@@ -111,7 +113,7 @@ def _draw_published(axes: Sequence[Any], printed: Sequence[Mapping[str, str]]) -
         axis.plot(scales, [float(row[key]) for row in printed], color=_PUBLISHED)
         axis.set_title(f"published, {printed[0]['dataset']}: {title}", loc="left")
         axis.set_ylim(bottom=0)
-    for key, colour in zip(("top_0.1", "top_1", "top_10"), _TOP_COLOURS, strict=True):
+    for key, colour in zip(("top_1", "top_5", "top_10"), _TOP_COLOURS, strict=True):
         label = f"nearest {key.removeprefix('top_')} %"
         values = [float(row[key]) for row in printed]
         axes[2].plot(scales, values, color=colour, label=label)

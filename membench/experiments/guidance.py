@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from membench.errors import MembenchError
-from membench.experiments.common import Result, Setting, facts, known_published, run_all
+from membench.experiments.common import Result, Setting, facts, known_published, run_all, title
 from membench.experiments.figures import draw_guidance
 from membench.report.records import Estimate, Row
 from membench.report.table import percent
@@ -15,7 +15,7 @@ from membench.similarity.measures import LEVELS
 
 NAME = "guidance"
 SCALES = (0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0)
-TOP = ("0.1", "1", "10")
+TOP = ("1", "5", "10")
 """Top-percent means that the figure draws."""
 
 
@@ -39,13 +39,8 @@ def guidance(prepared: Sequence[Cell], mode: str, level: str, beside: str | None
     made_of = facts(prepared, row.records) | {
         "experiment": NAME, "band": f"{mode}:{level}", "published": printed,
     }  # fmt: skip
-    figure = draw_guidance(rows, mode, level, measure, TOP, _title(prepared), printed)
+    figure = draw_guidance(rows, mode, level, measure, TOP, title(prepared), printed)
     return Result(NAME, rows, figure, made_of, _reading(row, mode, level))
-
-
-def _title(cells: Sequence[Cell]) -> str:
-    spec = cells[0].spec
-    return f"{spec.method} on {spec.dataset} / {spec.target}"
 
 
 def _lines(row: Row, scale: str) -> list[dict[str, Any]]:
