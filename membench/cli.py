@@ -14,6 +14,7 @@ import typer
 
 from membench import __version__
 from membench.errors import MembenchError
+from membench.experiments.cli import experiment_app
 
 if TYPE_CHECKING:
     from membench.registry import Registry
@@ -30,6 +31,7 @@ board_app = typer.Typer(no_args_is_help=True, help="Boards made from saved recor
 new_app = typer.Typer(no_args_is_help=True, help="Write a working template.")
 app.add_typer(board_app, name="leaderboard")
 app.add_typer(new_app, name="new")
+app.add_typer(experiment_app, name="experiment")
 
 Plugins = Annotated[
     list[Path] | None,
@@ -285,6 +287,68 @@ def verify(
 
     found = check(record)
     print(f"{record}: every number recomputed, all equal (id {found['id'][:12]})")
+
+
+@app.command()
+def compare(
+    records: Annotated[list[Path], typer.Argument(help="record.json files or their folders.")],
+    baseline: Annotated[
+        str | None, typer.Option(help="Method the others are compared with [default: the first]")
+    ] = None,
+    band_mode: Annotated[
+        str | None, typer.Option(help="calibrated, cumulative, ... [default: the card's first]")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Compare at one scale [default: the mean over scales]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods image by image: who extracts more, and could a difference have been seen?
+
+    Records that differ by seed alone are pooled; all methods need the same seeds.
+
+    Example: `membench compare results/runs/fashion_mini/ddpm/*-seed*/ --baseline random`
+    """
+    from rich.console import Console
+
+    from membench.compare import compare as by_pairs
+    from membench.report.comparison import comparison
+
+    found = by_pairs(records, baseline=baseline, mode=band_mode, scale=guidance_scale)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        Console().print(comparison(found))
+
+
+@app.command()
+def extracted(
+    record: Annotated[Path, typer.Argument(help="A record.json or the folder it lies in.")],
+    band: Annotated[str, typer.Option(help="low, mid or high.")] = "mid",
+    band_mode: Annotated[
+        str | None, typer.Option(help="calibrated, cumulative, ... [default: the card's first]")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the whole table there.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Images to print.")] = 10,
+    plugins: Plugins = None,
+    as_json: AsJson = False,
+) -> None:
+    """Name the training images that a run extracted: how often, at which scale, of which class.
+
+    Example: `membench extracted results/runs/fashion_mini/ddpm/side_c-seed0-1234567890ab`
+    """
+    from rich.console import Console
+
+    from membench.extraction import extraction, write_csv
+    from membench.report.comparison import extraction as shown
+
+    found = extraction(_registry(plugins), record, mode=band_mode, band=band)
+    if csv is not None:
+        write_csv(csv, found["images"])
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        Console().print(shown(found, top))
 
 
 @new_app.command("method")

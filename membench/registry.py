@@ -53,7 +53,7 @@ class Broken:
     kind: Kind = "method"
 
 
-def _package_folder(package: str) -> Path:
+def package_folder(package: str) -> Path:
     """Where `membench_methods.extraction` or `membench_datasets` lies (no `__init__.py` there)."""
     try:
         spec = importlib.util.find_spec(package)
@@ -83,7 +83,7 @@ class Registry:
         found: dict[str, Source] = {}
         for folder_name, kind in FOLDERS.items():
             package = f"membench_methods.{folder_name}"
-            for path in _plugin_files(_package_folder(package), "*.py"):
+            for path in _plugin_files(package_folder(package), "*.py"):
                 module = f"{package}.{path.stem}"
                 _add(found, Source(path.stem, str(path), path, module, kind=kind))
         for entry in sorted(importlib.metadata.entry_points(group=ENTRY_POINTS)):
@@ -95,7 +95,7 @@ class Registry:
 
     def _dataset_sources(self) -> dict[str, Source]:
         found: dict[str, Source] = {}
-        for folder in (_package_folder("membench_datasets"), *self.folders):
+        for folder in (package_folder("membench_datasets"), *self.folders):
             for path in _plugin_files(folder, "*.toml"):
                 _add(found, Source(path.stem, str(path), path))
         return found

@@ -5,12 +5,25 @@ It refuses to replace a score whose metric has kept its version.
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from membench.metrics import METRIC_VERSIONS, average, calibrate, score
-from membench.metrics.image import match_counts, matched, rarefied
+from membench.metrics import (
+    METRIC_VERSIONS,
+    average,
+    calibrate,
+    comparison,
+    extracted,
+    regression,
+    richness,
+    score,
+)
+from membench.metrics.catalogue import DERIVED_VERSIONS
+from membench.metrics.extracted import in_band
+from membench.metrics.image import exclusive, hits, match_counts, matched
+from membench.metrics.richness import rarefied
 from membench.similarity import match, nearest, nl2
 
 PATH = Path(__file__).with_suffix(".json")
@@ -41,6 +54,40 @@ def compute():
         "score_best": score(scales[0], calibration, match="best", modes=modes),
         "average": average(scales, calibration, modes=modes),
         "rarefied_ums": [rarefied(counts, 60, n) / n for n in (1, 10, 30, 60)],
+        "derived": {"versions": DERIVED_VERSIONS} | derived(scales, counts, len(members)),
+    }
+
+
+def derived(scales, counts, n):
+    """What is computed from matches and records afterwards."""
+    found = [in_band(m, m.measure.up_to(1.5)) for m in scales]
+    incidence = richness.incidence(found[0][0], found[0][1], 60, n)
+    phis = [matched(m.scores() <= 1.5, "any") for m in scales]
+    ks = [match_counts(p, m.members.listed.index, n) for p, m in zip(phis, scales, strict=True)]
+    sole = [
+        exclusive(p, m.members.listed.index, k) for p, m, k in zip(phis, scales, ks, strict=True)
+    ]
+    one, two = (hits(p)[None] for p in phis)
+    both = np.concatenate([one, two])
+    differences = [
+        comparison.rate_difference(one, two),
+        comparison.rate_difference(both, two),
+        comparison.unique_difference(
+            [int((ks[0] > 0).sum() - (ks[1] > 0).sum())], [sole[0] - sole[1]], 60
+        ),
+    ]
+    chao = richness.chao1(counts, 60)
+    toulmin = [richness.good_toulmin(counts, 60, size) for size in (90, 150)]
+    return {
+        "rarefied_variance": [richness.rarefied_variance(incidence, s) for s in (10, 30, 60)],
+        "unconditional_variance": richness.unconditional_variance(counts, 60, 30),
+        "with_replacement": [richness.with_replacement(counts, 60, s) for s in (10, 60, 120)],
+        "chao1": [chao.value, *chao.interval],
+        "extrapolated": [richness.extrapolated(counts, 60, s) for s in (60, 90, 120)],
+        "good_toulmin": [[t.value, *t.interval] for t in toulmin],
+        "differences": [asdict(d) for d in comparison.holm(differences)],
+        "groups": [asdict(g) for g in extracted.by_group(counts, np.arange(n) % 7, 7)],
+        "linear_fit": asdict(regression.linear_fit(np.arange(n), counts)),
     }
 
 
@@ -63,7 +110,8 @@ if __name__ == "__main__":
     new = compute()
     if PATH.exists():
         old = json.loads(PATH.read_text())
-        changed = list(differences(old, new))
-        if changed and old["versions"] == new["versions"]:
+        changed = list(differences(old, {key: new.get(key) for key in old}))  # more may be added
+        versions = [(x["versions"], x.get("derived", {}).get("versions")) for x in (old, new)]
+        if changed and (versions[0] == versions[1] or versions[0][1] is None):
             sys.exit("\n".join([*changed, "raise the version of every metric that changed"]))
     PATH.write_text(json.dumps(new, indent=1) + "\n")

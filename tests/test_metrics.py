@@ -1,7 +1,6 @@
 """Metrics against their definitions, scipy, simulation, and checked-in reference scores."""
 
 import copy
-import itertools
 import json
 import math
 import time
@@ -158,21 +157,6 @@ def test_curves_are_the_metrics_at_every_threshold(data):
 
 
 @settings(deadline=None)
-@given(seen=hnp.arrays(np.bool_, st.tuples(st.integers(1, 6), st.integers(1, 5))), data=st.data())
-def test_rarefaction_is_the_mean_over_all_subsets(seen, data):
-    n = len(seen)
-    size = data.draw(st.integers(0, n))
-    expected = np.mean(
-        [seen[list(subset)].any(axis=0).sum() for subset in itertools.combinations(range(n), size)]
-    )
-    assert image.rarefied(seen.sum(axis=0), n, size) == pytest.approx(expected, abs=1e-9)
-
-
-def test_rarefaction_refuses_to_extrapolate():
-    with pytest.raises(MembenchError, match="rarefy"):
-        image.rarefied(np.array([1]), 3, 4)
-
-
 @given(hnp.arrays(np.bool_, st.tuples(st.integers(1, 6), st.just(4))))
 def test_exclusive_is_what_the_union_loses(phi):
     index = np.tile(np.arange(4), (len(phi), 1))

@@ -10,12 +10,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric's name, version (raised whenever a score changes), formula and source."""
+    """A metric's name, version (raised whenever a score changes), formula and source.
+
+    scored: whether it is part of a record's scores, and so its version of a record's identity.
+    Others are computed from records afterwards.
+    """
 
     name: str
     version: int
     formula: str
     source: str
+    scored: bool = True
 
 
 METRICS = {
@@ -79,6 +84,72 @@ METRICS = {
             "sum_j [1 - C(N_G - k_j, n) / C(N_G, n)] / n: UMS expected at n < N_G images",
             "Hurlbert 1971",
         ),
+        Metric(
+            "rarefied_variance",
+            1,
+            "Var over subsets of n images of their unique matches: exact, conditional on the N_G",
+            "Heck, van Belle and Simberloff 1975, for images that may match several",
+            scored=False,
+        ),
+        Metric(
+            "ums_with_replacement",
+            1,
+            "sum_j [1 - (1 - k_j / N_G)^n] / n: the papers' expectation of UMS, biased downwards",
+            "SIDE",
+            scored=False,
+        ),
+        Metric(
+            "chao1",
+            1,
+            "S + (N_G - 1) / N_G f_1^2 / (2 f_2): unique matches in the end, a lower bound",
+            "Chao 1984, 1987; incidence form (Chao2); extrapolation",
+            scored=False,
+        ),
+        Metric(
+            "extrapolated_ums",
+            1,
+            "(S + f_0 [1 - (1 - f_1 / (N_G f_0 + f_1))^(n - N_G)]) / n, f_0 = chao1 - S, n > N_G",
+            "Shen et al. 2003; Colwell et al. 2012, eq. 9; extrapolation",
+            scored=False,
+        ),
+        Metric(
+            "good_toulmin",
+            1,
+            "S - sum_i (-t)^i P(L >= i) f_i, t = n / N_G - 1; L binomial where t > 1",
+            "Good and Toulmin 1956; Orlitsky et al. 2016; extrapolation",
+            scored=False,
+        ),
+        Metric(
+            "ams_difference",
+            1,
+            "AMS of one method - AMS of another, same seeds; p over all signs of the pairs",
+            "McNemar 1947 for one scale; interval by Bonett and Price 2012 or bootstrap; Holm 1979",
+            scored=False,
+        ),
+        Metric(
+            "ums_difference",
+            1,
+            "UMS of one method - UMS of another, same seeds; jackknife over images",
+            "Efron and Stein 1981; Holm 1979",
+            scored=False,
+        ),
+        Metric(
+            "group_extraction",
+            1,
+            "extracted members of a class or cluster / its members",
+            "membench; interval by Clopper and Pearson 1934",
+            scored=False,
+        ),
+        Metric(
+            "linear_fit",
+            1,
+            "least-squares line of AMS or UMS on the number of classes",
+            "SIDE, Table 2; errors by Student's t",
+            scored=False,
+        ),
     )
 }
-METRIC_VERSIONS = {name: metric.version for name, metric in METRICS.items()}
+METRIC_VERSIONS = {name: metric.version for name, metric in METRICS.items() if metric.scored}
+"""Of the metrics in a record's scores."""
+DERIVED_VERSIONS = {name: m.version for name, m in METRICS.items() if not m.scored}
+"""Of the metrics computed from records afterwards."""

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln
 
 from membench.errors import MembenchError
 from membench.similarity.measures import Mask, Scores
@@ -52,28 +51,6 @@ def match_counts(phi: Mask, index: NDArray[Any], n_references: int) -> NDArray[n
 def exclusive(phi: Mask, index: NDArray[Any], counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """a_i [Q]: the references that only image i matches, i.e. what the union loses without it."""
     return np.asarray((phi & (counts[index] == 1)).sum(axis=1))
-
-
-def rarefied(counts: NDArray[np.int64], n_images: int, size: int) -> float:
-    """Expected number of unique matches in a random subset of `size` of the n images.
-
-    sum_j [1 - C(n - k_j, size) / C(n, size)], exact rarefaction (Hurlbert 1971).
-    Scores at different N_G are comparable only at a common size. Raises MembenchError for a size
-    outside 0..n: that would be extrapolation.
-    """
-    if not 0 <= size <= n_images:
-        raise MembenchError(f"cannot rarefy {n_images} images to {size}")
-    k = counts[counts > 0].astype(np.float64)
-    left = n_images - k
-    certain = left < size
-    left = np.where(certain, size, left)
-    log_missed = (
-        gammaln(left + 1)
-        - gammaln(left - size + 1)
-        - gammaln(n_images + 1)
-        + gammaln(n_images - size + 1)
-    )
-    return float(np.where(certain, 1.0, -np.expm1(np.minimum(log_missed, 0.0))).sum())
 
 
 def ratio_hits(distance: NDArray[Any]) -> Mask:

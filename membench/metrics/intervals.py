@@ -23,7 +23,7 @@ from membench.errors import MembenchError
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 SEED = 0
-_Z = float(ndtri((1 + CONFIDENCE) / 2))
+CRITICAL = float(ndtri((1 + CONFIDENCE) / 2))
 
 Interval = tuple[float, float]
 
@@ -51,7 +51,7 @@ def paired_difference(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> In
     n = len(first) + 2
     plus = (np.count_nonzero(first & ~second) + 1) / n
     minus = (np.count_nonzero(second & ~first) + 1) / n
-    half = _Z * np.sqrt((plus + minus - (plus - minus) ** 2) / n)
+    half = CRITICAL * np.sqrt((plus + minus - (plus - minus) ** 2) / n)
     return _clip(plus - minus - half, plus - minus + half, -1, 1)
 
 
@@ -82,8 +82,8 @@ def unique_interval(unique: float, exclusive: NDArray[Any], limit: float) -> Int
     U + z^2/2 +- z sqrt(V + z^2/4), which keeps its width
     at U = 0; not beyond `limit`, the size of the reference.
     """
-    half = _Z * np.sqrt(_jackknife(exclusive) + _Z**2 / 4)
-    low, high = _clip(unique + _Z**2 / 2 - half, unique + _Z**2 / 2 + half, 0, limit)
+    half = CRITICAL * np.sqrt(jackknife_variance(exclusive) + CRITICAL**2 / 4)
+    low, high = _clip(unique + CRITICAL**2 / 2 - half, unique + CRITICAL**2 / 2 + half, 0, limit)
     return min(low, unique), max(high, unique)
 
 
@@ -92,11 +92,12 @@ def unique_difference(difference: float, exclusive: NDArray[Any]) -> Interval:
 
     exclusive: a_i of the members minus a_i of the held-out [Q]; difference +- z sqrt(V + z^2/2).
     """
-    half = float(_Z * np.sqrt(_jackknife(exclusive) + _Z**2 / 2))
+    half = float(CRITICAL * np.sqrt(jackknife_variance(exclusive) + CRITICAL**2 / 2))
     return difference - half, difference + half
 
 
-def _jackknife(exclusive: NDArray[Any]) -> float:
+def jackknife_variance(exclusive: NDArray[Any]) -> float:
+    """(Q - 1)/Q sum_i (a_i - mean a)^2, a_i = exclusive[i] what leaving out image i loses."""
     a = exclusive.astype(np.float64)
     return float((len(a) - 1) / len(a) * ((a - a.mean()) ** 2).sum())
 

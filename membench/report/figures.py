@@ -10,11 +10,11 @@ from membench.hashing import content_hash
 from membench.report.records import Estimate, Row, Section
 from membench.report.table import BANDS, MAIN_BAND, symbol
 
-_MEMBER, _HELDOUT, _LINE = "#0b62a4", "#8a8f96", "#c9ced4"
+MEMBER, HELDOUT, LINE = "#0b62a4", "#8a8f96", "#c9ced4"
 _COLOURS = ("#4d4d4d", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _CURVE_POINTS = 60
 _SIDES = {"members": "members", "heldout": "held-out (false matches)"}
-_DOTS = (("members", _MEMBER, _MEMBER, -0.12), ("heldout", _HELDOUT, "white", 0.12))
+_DOTS = (("members", MEMBER, MEMBER, -0.12), ("heldout", HELDOUT, "white", 0.12))
 
 
 def method_points(sections: Sequence[Section]) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def mark(points: list[dict[str, Any]]) -> str:
 
 def draw_methods(panels: list[dict[str, Any]]) -> str:
     """Dots with 95 % intervals: members filled, the held-out twin hollow."""
-    plt = _pyplot()
+    plt = new_pyplot()
     tallest = max(len(panel["rows"]) for panel in panels)
     figure, axes = plt.subplots(
         len(panels), 1, squeeze=False, sharex=True,
@@ -108,7 +108,7 @@ def draw_methods(panels: list[dict[str, Any]]) -> str:
         axis.set_yticks(range(len(rows)), [_short(row["label"]) for row in rows])
         axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.set_title(_short(panel["title"]), loc="left", fontweight="bold")
-        axis.grid(axis="x", color=_LINE, lw=0.6)
+        axis.grid(axis="x", color=LINE, lw=0.6)
         axis.tick_params(length=0)
     axes[-1, 0].set_xlim(left=min(0.0, axes[-1, 0].get_xlim()[0]))
     axes[-1, 0].set_xlabel("AMS at the calibrated mid band, % of generated images (95 % interval)")
@@ -119,12 +119,12 @@ def draw_methods(panels: list[dict[str, Any]]) -> str:
     axes[0, 0].legend(
         handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False
     )
-    return _svg(figure, panels)
+    return svg(figure, panels)
 
 
 def draw_curves(panels: list[dict[str, Any]]) -> str:
     """AMS against the threshold: members solid, held-out dashed, calibrated bands dotted."""
-    plt = _pyplot()
+    plt = new_pyplot()
     figure, axes = plt.subplots(
         1, len(panels), squeeze=False, sharey=True, figsize=(3.6 * len(panels) + 1.6, 3.6),
         layout="constrained",
@@ -137,10 +137,10 @@ def draw_curves(panels: list[dict[str, Any]]) -> str:
                 ams = [100 * v for v in curve[side]]
                 axis.plot(curve["threshold"], ams, style, color=colour, lw=1.4)
         for threshold in panel["bands"]:
-            axis.axvline(threshold, color=_HELDOUT, lw=0.8, ls=":")
+            axis.axvline(threshold, color=HELDOUT, lw=0.8, ls=":")
         axis.set_title(_short(panel["title"]), loc="left", fontweight="bold")
         axis.set_xlabel(f"threshold of {panel['symbol']}")
-        axis.grid(color=_LINE, lw=0.6)
+        axis.grid(color=LINE, lw=0.6)
         axis.set_ylim(-2, 102)
     axes[0, 0].set_ylabel("AMS, % of generated images")
     lines = [plt.Line2D([], [], color=c, label=_short(name)) for name, c in colours.items()]
@@ -148,9 +148,9 @@ def draw_curves(panels: list[dict[str, Any]]) -> str:
         plt.Line2D([], [], color="black", ls=style, label=_SIDES[side])
         for side, style in (("members", "-"), ("heldout", "--"))
     ]
-    bands = plt.Line2D([], [], color=_HELDOUT, ls=":", label="calibrated bands")
+    bands = plt.Line2D([], [], color=HELDOUT, ls=":", label="calibrated bands")
     figure.legend(handles=[*lines, *styles, bands], loc="outside right upper", frameon=False)
-    return _svg(figure, panels)
+    return svg(figure, panels)
 
 
 def draw_training(curve: Sequence[dict[str, float]], title: str) -> str:
@@ -158,16 +158,16 @@ def draw_training(curve: Sequence[dict[str, float]], title: str) -> str:
 
     curve: one point per evaluation, as `membench.training.memorised_share` and the trainer give it.
     """
-    plt = _pyplot()
+    plt = new_pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9), layout="constrained")
     steps = [point["step"] for point in curve]
-    axes[0].plot(steps, [point["loss"] for point in curve], ".-", color=_MEMBER)
+    axes[0].plot(steps, [point["loss"] for point in curve], ".-", color=MEMBER)
     axes[0].set_title(f"{_short(title)}: training loss", loc="left")
     for axis, key, factor, text in (
         (axes[1], "rmse", 1, "RMSE to the nearest image, median"),
         (axes[2], "l2_ratio", 100, "d1/d2 < 1/3, % of samples"),
     ):
-        for side, colour in (("members", _MEMBER), ("heldout", _HELDOUT)):
+        for side, colour in (("members", MEMBER), ("heldout", HELDOUT)):
             values = [factor * point[f"{key}_{side}"] for point in curve]
             axis.plot(steps, values, ".-", color=colour, label=_SIDES[side].partition(" (")[0])
         axis.set_title(text, loc="left")
@@ -175,8 +175,8 @@ def draw_training(curve: Sequence[dict[str, float]], title: str) -> str:
     for axis in axes:
         axis.set_xlabel("step")
         axis.set_ylim(bottom=0)
-        axis.grid(color=_LINE, lw=0.6)
-    return _svg(figure, [])
+        axis.grid(color=LINE, lw=0.6)
+    return svg(figure, [])
 
 
 def _short(text: str) -> str:
@@ -184,7 +184,8 @@ def _short(text: str) -> str:
     return clean if len(clean) <= 40 else clean[:39] + "…"
 
 
-def _pyplot() -> Any:
+def new_pyplot() -> Any:
+    """pyplot in the house style, whatever the user's configuration."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -195,12 +196,13 @@ def _pyplot() -> Any:
         "svg.hashsalt": "membench", "svg.fonttype": "path", "text.parse_math": False,
         "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10,
         "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
-        "axes.edgecolor": _LINE, "axes.axisbelow": True,
+        "axes.edgecolor": LINE, "axes.axisbelow": True,
     })  # fmt: skip
     return plt
 
 
-def _svg(figure: Any, points: list[dict[str, Any]]) -> str:
+def svg(figure: Any, points: list[dict[str, Any]]) -> str:
+    """The figure as SVG without dates or names, closed, with the mark of its data."""
     from matplotlib import pyplot as plt
 
     buffer = io.StringIO()

@@ -106,7 +106,7 @@ def reading(record: Record) -> str:
 def score_table(record: Record, mode: str) -> Table:
     """AMS and UMS per scale and band, each with its held-out twin; fits 80 columns."""
     scores = record["scores"]
-    table = _table(f"{mode_title(mode, record)}, % of images")
+    table = new_table(f"{mode_title(mode, record)}, % of images")
     table.add_column("scale", justify="right")
     table.add_column(f"band, {symbol(scores['average'])}")
     table.add_column("AMS [95 %]", justify="right")
@@ -134,7 +134,8 @@ def score_table(record: Record, mode: str) -> Table:
     return table
 
 
-def _table(title: str, *, footer: bool = False) -> Table:
+def new_table(title: str, *, footer: bool = False) -> Table:
+    """A table in the house style."""
     return Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
         show_edge=False, padding=(0, 1, 0, 0), show_footer=footer,
@@ -144,7 +145,7 @@ def _table(title: str, *, footer: bool = False) -> Table:
 def cost_table(record: Record) -> Table:
     """Model calls (in images) and seconds of every stage."""
     cost = record["cost"]
-    table = _table("Cost", footer=True)
+    table = new_table("Cost", footer=True)
     table.add_column("stage", footer="all")
     table.add_column("U-Net calls", f"{cost['unet_calls']:,}", justify="right")
     table.add_column("classifier calls", f"{cost['classifier_calls']:,}", justify="right")
@@ -163,7 +164,7 @@ def cost_table(record: Record) -> Table:
 
 def plan(stages: Iterable[Record]) -> RenderableType:
     """What a run would do, for `--dry-run`: stages in their order, and what is there already."""
-    table = _table("Plan", footer=True)
+    table = new_table("Plan", footer=True)
     found = list(stages)
     todo = [stage for stage in found if not stage["cached"]]
     table.add_column("stage", footer="to do")
