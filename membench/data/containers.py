@@ -23,14 +23,19 @@ MAX_RATIO = 1000
 _DEEPEST = 16
 
 
+def split_name(name: str) -> tuple[list[str], str, str]:
+    """Folders, stem and suffix (`.jpg`) of a name; far faster than pathlib on millions of them."""
+    *folders, file = name.split("/")
+    stem, dot, suffix = file.rpartition(".")
+    return (folders, stem, dot + suffix) if stem else (folders, file, "")
+
+
 def is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in IMAGES
+    return split_name(name)[2].lower() in IMAGES
 
 
-def order(name: str) -> tuple[tuple[str, ...], str, str]:
-    """Sort key: folders, stem, suffix; two files of one stem come together."""
-    path = PurePosixPath(name)
-    return path.parent.parts, path.stem, path.suffix
+order = split_name
+"""Sort key: a folder's files before its folders, and two files of one stem together."""
 
 
 class Container:
@@ -73,8 +78,14 @@ class Folder(Container):
 class Zip(Container):
     def __init__(self, path: Path):
         self.path = path
+        self._files: list[tuple[str, Ref | None]] | None = None
 
     def files(self) -> Iterator[tuple[str, Ref | None]]:
+        if self._files is None:
+            self._files = list(self._read())
+        yield from self._files
+
+    def _read(self) -> Iterator[tuple[str, Ref | None]]:
         path = str(self.path)
         with _readable(self.path), zipfile.ZipFile(self.path) as archive:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
@@ -153,12 +164,16 @@ class Tar(Container):
 
 
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return name[0] == "." or "/." in name or "__MACOSX" in name.split("/")
 
 
 def _check_name(archive: Path, name: str) -> None:
-    parts = name.replace("\\", "/").split("/")
-    if name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0] or "\0" in name:
+    if (
+        name.startswith(("/", "\\"))
+        or (".." in name and ".." in name.replace("\\", "/").split("/"))
+        or name[1:2] == ":"
+        or not name
+    ):
         raise MembenchError(f"{archive}: {name!r} escapes its folder; the archive is refused")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from membench.errors import MembenchError
 from membench.files import read_json
-from membench.hashing import array_hash, content_hash
+from membench.hashing import array_file_hash, content_hash
 from membench.specs import SPLITS, DataCard, Split
 
 MANIFEST = "manifest.json"
@@ -109,7 +109,7 @@ def _load_split(folder: Path, name: str, split: Split, shape: tuple[int, int, in
         expected = (split.count, *shape) if kind == "images" else (split.count,)
         if array.shape != expected:
             raise MembenchError(f"{path}: shape {array.shape}, the card says {expected}")
-        if array_hash(array) != getattr(split, f"{kind}_sha256"):
+        if array_file_hash(path) != getattr(split, f"{kind}_sha256"):
             raise MembenchError(f"{path}: content differs from the card's {kind}_sha256")
     return ImageSet(**arrays)
 

@@ -16,6 +16,7 @@ import numpy as np
 from membench.data import arrays
 from membench.data.celeba import CelebA
 from membench.data.containers import (
+    IMAGES,
     TARS,
     ZIPS,
     Container,
@@ -23,6 +24,7 @@ from membench.data.containers import (
     is_image,
     open_container,
     read_file,
+    split_name,
 )
 from membench.data.decode import Payload
 from membench.data.reader import Item, Reader
@@ -70,8 +72,8 @@ class Files(Reader):
             row += 1
 
 
-def _id(name: str) -> str:
-    return PurePosixPath(name).with_suffix("").as_posix()
+def _id(name: str) -> tuple[list[str], str]:
+    return split_name(name)[:2]
 
 
 class ClassFolders(Files):
@@ -88,21 +90,18 @@ class ClassFolders(Files):
         self.persons = persons
 
     def item(self, name: str) -> Item | None:
-        if not is_image(name):
+        folders, _, suffix = split_name(name)
+        if suffix.lower() not in IMAGES:
             return None
-        path = PurePosixPath(name)
-        folder = path.parent.name
+        folder = folders[-1] if folders else ""
         if not folder or folder in PARTS:
             raise MembenchError(
                 f"{self.source}: {name}: image without label: it is in no class folder"
             )
         if self.folders and folder not in self.folders:
             return None
-        return Item(name, _part(path), folder, folder if self.persons else None)
-
-
-def _part(path: PurePosixPath) -> str:
-    return next((folder for folder in reversed(path.parts[:-1]) if folder in PARTS), "all")
+        part = next((folder for folder in reversed(folders) if folder in PARTS), "all")
+        return Item(name, part, folder, folder if self.persons else None)
 
 
 class ImageNet(ClassFolders):
@@ -272,10 +271,10 @@ def open_source(card: DataCard, source: Path, folder: Path) -> Reader:
 
 
 def _cifar10(container: Container, card: DataCard) -> Reader:
-    names = [PurePosixPath(name).name for name, _ in container.files()]
-    if "data_batch_1.bin" in names or "test_batch.bin" in names:
+    names = {name.rpartition("/")[2] for name, _ in container.files()}
+    if names & {"data_batch_1.bin", "test_batch.bin"}:
         return Cifar10(container, card.images.classes)
-    if "data_batch_1" in names or "test_batch" in names:
+    if names & {"data_batch_1", "test_batch"}:
         raise MembenchError(
             f"{container.path}: the pickled CIFAR-10 is never read; download cifar-10-binary.tar.gz"
         )

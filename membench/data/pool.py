@@ -7,17 +7,18 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from membench.data.decode import Job, Payload, Rule, Target, run_job
+from membench.data.decode import Job, Payload, Ref, Rule, Target, run_job
 from membench.errors import MembenchError
 from membench.specs import Images, Resize
 
 BATCH = 256
-"""Images in one job."""
+"""Images in one job, at most."""
+BATCH_BYTES = 4 << 20
+"""Bytes in one job, about: what is streamed from a packed archive travels with it."""
 FEW = 2 * BATCH
 """So many are decoded in this process: starting others would take longer."""
 
@@ -93,7 +94,7 @@ def decode_all(
     try:
         for number, job in jobs:
             waiting[pool.submit(run_job, job)] = number
-            if len(waiting) >= 2 * workers:
+            if len(waiting) >= 2 * workers + 8:
                 _collect(waiting, finished)
         while waiting:
             _collect(waiting, finished)
@@ -106,9 +107,23 @@ def decode_all(
 
 
 def _batches(work: Iterable[Work]) -> Iterator[list[Work]]:
-    iterator = iter(work)
-    while batch := list(islice(iterator, BATCH)):
+    batch: list[Work] = []
+    size = 0
+    for item in work:
+        batch.append(item)
+        payload = item[3]
+        size += _in_job(payload)
+        if len(batch) == BATCH or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
         yield batch
+
+
+def _in_job(payload: Payload) -> int:
+    if isinstance(payload, Ref):
+        return 0
+    return len(payload) if isinstance(payload, bytes) else payload.nbytes
 
 
 def _collect(waiting: dict[Future[int], int], finished: Callable[[int, int], None]) -> None:

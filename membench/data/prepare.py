@@ -31,13 +31,13 @@ from membench.data.reader import Item, Reader
 from membench.data.splits import draw_splits
 from membench.errors import MembenchError
 from membench.files import locked, write_array, write_json, writing
-from membench.hashing import array_hash, content_hash
+from membench.hashing import array_file_hash, array_hash, content_hash
 from membench.specs import SPLITS, DataCard
 
 FORMAT = 1
 """Of the manifest."""
 NAMES, JOURNAL = "names.txt", "journal.txt"
-SYNC_SECONDS = 2.0
+SYNC_SECONDS = 5.0
 """A killed run loses at most so much work."""
 
 
@@ -398,8 +398,8 @@ def _finish(
         write_array(partial / f"{split}.index.npy", rows)
         splits[split] = {"count": len(rows)}
         for kind in ARRAYS:
-            array = np.load(partial / f"{split}.{kind}.npy", mmap_mode="r", allow_pickle=False)
-            splits[split][f"{kind}_sha256"] = array_hash(array)
+            path = partial / f"{split}.{kind}.npy"
+            splits[split][f"{kind}_sha256"] = array_file_hash(path)
     people = {split: set(listing.persons[rows].tolist()) - {-1} for split, rows in index.items()}
     manifest = {
         "format": FORMAT,
