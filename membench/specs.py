@@ -321,7 +321,12 @@ class TargetRecipe(Spec):
 
 
 class DataCard(Spec):
-    """One data set of the benchmark: a TOML file in `datasets/`."""
+    """One data set of the benchmark: a TOML file in `datasets/`.
+
+    license: terms of use as the authors state them. published: files of `leaderboards/published`
+    with what papers printed for it. A card is never edited once it is released: a changed one gets
+    the next revision.
+    """
 
     name: str
     revision: int = Field(gt=0)
@@ -332,6 +337,7 @@ class DataCard(Spec):
     note: str = ""
     default_target: str
     show_images: bool = False
+    published: tuple[str, ...] = ()
     preparation: Preparation | None = None
     images: Images
     splits: Splits

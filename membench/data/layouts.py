@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -104,7 +105,23 @@ class ClassFolders(Files):
         return Item(name, part, folder, folder if self.persons else None)
 
 
-class ImageNet(ClassFolders):
+class ByName(Files):
+    """Rows in the order of the files' own names, in whatever folders they lie."""
+
+    def items(self) -> Iterator[Item]:
+        found = sorted(super().items(), key=lambda item: PurePosixPath(item.name).stem)
+        for one, other in pairwise(found):
+            if PurePosixPath(one.name).stem == PurePosixPath(other.name).stem:
+                raise MembenchError(f"{self.source}: duplicate id: {one.name!r} and {other.name!r}")
+        yield from found
+
+    def payloads(self) -> Iterator[tuple[int, str, Payload]]:
+        rows = {item.name: row for row, item in enumerate(self.items())}
+        for _, name, payload in super().payloads():
+            yield rows[name], name, payload
+
+
+class ImageNet(ByName, ClassFolders):
     """ILSVRC 2012 or Imagenette, unpacked; the file's name says if it was for training.
 
     `ILSVRC2012_val_*.JPEG` are of the part `val` in whatever folder they lie: Imagenette moves
@@ -155,7 +172,7 @@ class ImageNet(ClassFolders):
         return Item(name, part="val" if validation else "train", label=label)
 
 
-class LFW(Files):
+class LFW(ByName):
     """Labeled Faces in the Wild: `PERSON_0001.jpg`, flat or in a folder per person.
 
     only: the images to use, by name without suffix; others are passed over.
@@ -179,8 +196,7 @@ class LFW(Files):
         return Item(name, label=found[1], person=found[1])
 
     def items(self) -> Iterator[Item]:
-        """By person and number, so that flat and nested folders give the same rows."""
-        found = sorted(super().items(), key=lambda item: PurePosixPath(item.name).stem)
+        found = list(super().items())
         missing = set(self.only or ()) - {PurePosixPath(item.name).stem for item in found}
         if missing:
             raise MembenchError(
@@ -188,11 +204,6 @@ class LFW(Files):
                 + (f", and {len(missing) - 1} more of the card's list" if len(missing) > 1 else "")
             )
         yield from found
-
-    def payloads(self) -> Iterator[tuple[int, str, Payload]]:
-        rows = {item.name: row for row, item in enumerate(self.items())}
-        for _, name, payload in super().payloads():
-            yield rows[name], name, payload
 
 
 @dataclass
