@@ -230,9 +230,9 @@ class Cifar10(Reader):
                 row += 1
 
     def _files(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Each .bin file as uint8 [N, 3073], one in memory: five of training, then the test's."""
+        """Each .bin file as uint8 [N, 3073], one in memory; the test's first, as with folders."""
         there = [name for name, _ in self.container.files()]
-        for wanted in (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"):
+        for wanted in ("test_batch.bin", *(f"data_batch_{i}.bin" for i in range(1, 6))):
             name = next((name for name in there if PurePosixPath(name).name == wanted), None)
             if name is None:
                 raise MembenchError(f"{self.source}: {wanted} is missing")
