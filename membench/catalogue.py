@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from membench.plugins import Descriptor, Method
-from membench.registry import Broken, Registry, unknown
+from membench.registry import Broken, Registry, Waiting, unknown
 from membench.specs import DataCard
 
 KINDS = ("methods", "descriptors", "datasets", "targets", "metrics")
@@ -57,9 +57,12 @@ def _plugin_row(kind: str, plugin: Method | Descriptor | Broken) -> dict[str, An
     }
 
 
-def _card_row(card: DataCard | Broken, registry: Registry) -> dict[str, Any]:
+def _card_row(card: DataCard | Broken | Waiting, registry: Registry) -> dict[str, Any]:
     if isinstance(card, Broken):
         return _broken_row("dataset", card)
+    if isinstance(card, Waiting):
+        title = card.reason.partition(": ")[2]
+        return {"kind": "dataset", "name": card.name, "title": title, "origin": card.origin}
     origin = registry.datasets[card.name].origin
     return {"kind": "dataset", "name": card.name, "title": card.title, "origin": origin}
 

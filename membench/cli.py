@@ -40,6 +40,12 @@ Plugins = Annotated[
     ),
 ]
 Results = Annotated[Path, typer.Option(help="Folder of everything that is computed.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", help="Folder of prepared data sets [default: $MEMBENCH_DATA, else data]"
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DescriptorWeights = Annotated[
@@ -86,10 +92,10 @@ def _root(
     pass
 
 
-def _registry(plugins: list[Path] | None) -> Registry:
+def _registry(plugins: list[Path] | None, data: Path | None = None) -> Registry:
     from membench.registry import Registry
 
-    return Registry(plugins or ())
+    return Registry(plugins or (), data)
 
 
 @app.command("list")
@@ -164,6 +170,7 @@ def run(
     device: Device = "auto",
     descriptor_weights: DescriptorWeights = None,
     results: Results = Path("results"),
+    data: Data = None,
     plugins: Plugins = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print stages, cache hits and model calls only.")
@@ -180,7 +187,7 @@ def run(
 
     from membench.console import Stages
 
-    registry = _registry(plugins)
+    registry = _registry(plugins, data)
     registry.method(method), registry.card(dataset)  # a wrong name answers before torch is loaded
     scales, changes = _scales(guidance_scale), _settings(settings)
     from membench import run as engine
@@ -254,6 +261,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
     device: Device = "auto",
     results: Results = Path("results"),
+    data: Data = None,
     plugins: Plugins = None,
 ) -> None:
     """Train a target model by its card's recipe.
@@ -263,7 +271,7 @@ def train(
 
     Example: `membench train fashion_mini --target ddpm`
     """
-    registry = _registry(plugins)
+    registry = _registry(plugins, data)
     card = registry.card(dataset)
     if target not in card.targets:
         from membench.registry import unknown
@@ -273,6 +281,39 @@ def train(
 
     with _resumable():
         training.train_target(registry, card, target, results, device=device, resume=resume)
+
+
+@app.command()
+def prepare(
+    dataset: Annotated[str, typer.Argument(help="Data set; see `membench list datasets`.")],
+    source: Annotated[Path, typer.Option(help="Folder or archive with the official files.")],
+    data: Data = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Decoding processes [default: one a core]")
+    ] = None,
+    plugins: Plugins = None,
+) -> None:
+    """Turn the official files of a data set into arrays; nothing is downloaded.
+
+    Writes images, labels, source indices and a manifest to DATA/NAME; after a kill the same
+    command goes on where it was. `membench info NAME` says where the files are published.
+
+    Example: `membench prepare cifar10 --source cifar-10-binary.tar.gz`
+    """
+    from rich.console import Console
+
+    from membench.console import Stages
+    from membench.data.prepare import prepare as make
+
+    registry = _registry(plugins, data)
+    card, folder = registry.card(dataset), registry.card_folder(dataset)
+    with _resumable():
+        done = make(card, folder, source, registry.data, Stages(Console()), workers=workers)
+    counts = ", ".join(
+        f"{part['count']:,} {name}" for name, part in done.manifest["splits"].items()
+    )
+    rate = done.decoded / done.seconds if done.seconds else 0.0
+    print(f"{done.folder}: {counts}; {done.decoded:,} images decoded, {rate:,.0f} images/s")
 
 
 @app.command()

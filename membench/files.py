@@ -38,25 +38,25 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write into one clear line."""
+def writing(folder: Path, option: str = "--results") -> Iterator[None]:
+    """Turn the operating system's refusals to write into one clear line; `option` names FOLDER."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _refused(folder, error) from None
+        raise _refused(folder, error, option) from None
     try:
         yield
     except OSError as error:
         if error.errno not in (*_FULL, *_FORBIDDEN):
             raise
-        raise _refused(Path(error.filename or folder), error) from None
+        raise _refused(Path(error.filename or folder), error, option) from None
 
 
-def _refused(path: Path, error: OSError) -> MembenchError:
+def _refused(path: Path, error: OSError, option: str) -> MembenchError:
     if error.errno in _FULL:
         reason = "no space left on the disk; free some and run again, finished work is kept"
     else:
-        reason = f"cannot be written ({error.strerror}); choose another folder with --results"
+        reason = f"cannot be written ({error.strerror}); choose another folder with {option}"
     return MembenchError(f"{path}: {reason}")
 
 

@@ -33,6 +33,21 @@ def array_hash(array: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def array_file_hash(path: Path) -> str:
+    """`array_hash` of the array in a .npy file, read in blocks instead of mapped into memory."""
+    with open(path, "rb") as stream:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            return array_hash(np.load(path, mmap_mode="r", allow_pickle=False))
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        if fortran or dtype.newbyteorder("<") != dtype:
+            return array_hash(np.load(path, mmap_mode="r", allow_pickle=False))
+        digest = hashlib.sha256(f"{dtype.str}{shape}".encode())
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def derive_seed(*parts: Any) -> int:
     """A 63-bit seed from anything JSON-able: `derive_seed(0, "image", 17)`."""
     return int(content_hash(list(parts))[:16], 16) >> 1

@@ -12,6 +12,7 @@ import difflib
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from typing import Any, Literal
 from membench.errors import MembenchError
 from membench.hashing import content_hash, file_hash
 from membench.plugins import Descriptor, Method
-from membench.specs import DataCard, load_card
+from membench.specs import DataCard, NotYet, load_card
 
 ENTRY_POINTS = "membench.plugins"
 Kind = Literal["method", "descriptor"]
@@ -53,6 +54,15 @@ class Broken:
     kind: Kind = "method"
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """A data set that membench cannot run yet, and what it waits for."""
+
+    name: str
+    origin: str
+    reason: str
+
+
 def package_folder(package: str) -> Path:
     """Where `membench_methods.extraction` or `membench_datasets` lies (no `__init__.py` there)."""
     try:
@@ -68,10 +78,15 @@ def package_folder(package: str) -> Path:
 
 
 class Registry:
-    """All plugins and data sets that can be named; `folders` are the user's `--plugins`."""
+    """All plugins and data sets that can be named; `folders` are the user's `--plugins`.
 
-    def __init__(self, folders: Iterable[Path] = ()):
+    data: where `membench prepare` leaves its arrays; by default the environment's MEMBENCH_DATA,
+    else `data` in the current folder.
+    """
+
+    def __init__(self, folders: Iterable[Path] = (), data: Path | None = None):
         self.folders = tuple(folders)
+        self.data = data or Path(os.environ.get("MEMBENCH_DATA") or "data")
         for folder in self.folders:
             if not folder.is_dir():
                 raise MembenchError(f"{folder}: --plugins expects a folder")
@@ -146,7 +161,13 @@ class Registry:
         return load_card(self._card_path(name))
 
     def data_folder(self, name: str) -> Path:
-        """Where the prepared arrays of a data set lie: a folder of its name beside its card."""
+        """Where the arrays of a data set lie: beside its card if shipped, else where prepared."""
+        beside = self.card_folder(name)
+        shipped = (beside / "members.images.npy").is_file() or self.card(name).preparation is None
+        return beside if shipped else self.data / name
+
+    def card_folder(self, name: str) -> Path:
+        """The folder of a data set's name beside its card: shipped arrays, lists and weights."""
         return self._card_path(name).with_suffix("")
 
     def _card_path(self, name: str) -> Path:
@@ -174,12 +195,14 @@ class Registry:
             or (isinstance(item, Broken) and item.kind == "descriptor")
         ]
 
-    def all_cards(self) -> list[DataCard | Broken]:
-        """Every data card, the invalid ones with their reason."""
-        cards: list[DataCard | Broken] = []
+    def all_cards(self) -> list[DataCard | Broken | Waiting]:
+        """Every data card, those that wait for something and the invalid ones with their reason."""
+        cards: list[DataCard | Broken | Waiting] = []
         for name, source in sorted(self.datasets.items()):
             try:
                 cards.append(self.card(name))
+            except NotYet as error:
+                cards.append(Waiting(name, source.origin, str(error)))
             except MembenchError as error:
                 cards.append(Broken(name, source.origin, str(error)))
         return cards

@@ -138,7 +138,7 @@ def resolve_target(
         raise unknown(f"target of {card.name}", name, [*card.targets, "oracle:RATE"])
     recipe = card.targets[name]
     if recipe.weights is not None:
-        weights = registry.data_folder(card.name) / recipe.weights
+        weights = registry.card_folder(card.name) / recipe.weights
     else:
         weights = results / "targets" / card.name / name / WEIGHTS
         if not weights.is_file():
@@ -174,6 +174,7 @@ def prepare(
     plugin = registry.method(method)
     card = registry.card(dataset)
     data = load_dataset(card, registry.data_folder(dataset))
+    card = data.card  # with what a prepared data set's manifest says
     defaults = card.extraction
     try:
         sampling = Sampling.model_validate(

@@ -24,12 +24,17 @@ class Spec(BaseModel):
 
 
 class Split(Spec):
-    """One part of a data set, pinned by hashes of its arrays (`membench.hashing.array_hash`)."""
+    """One part of a data set, pinned by hashes of its arrays (`membench.hashing.array_hash`).
 
-    count: int = Field(gt=0)
-    images_sha256: str
-    labels_sha256: str
-    index_sha256: str
+    A card whose pixels the user prepares leaves out what it cannot know: the manifest that
+    `membench prepare` writes then says it, and is checked from there on. `index_sha256` is in the
+    card wherever the rule of the draw gives the list from counts alone.
+    """
+
+    count: int | None = Field(default=None, gt=0)
+    images_sha256: str | None = None
+    labels_sha256: str | None = None
+    index_sha256: str | None = None
 
 
 class Splits(Spec):
@@ -41,17 +46,91 @@ class Splits(Spec):
 
 
 class Images(Spec):
-    """Shape of one image and the names of its labels."""
+    """Shape of one image and the names of its labels; without names the manifest lists them."""
 
     height: int = Field(gt=0)
     width: int = Field(gt=0)
     channels: Literal[1, 3]
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W), as the networks see it."""
         return self.channels, self.height, self.width
+
+
+class Download(Spec):
+    """An official file that the user fetches; checksums as published, `note` says where."""
+
+    file: str
+    url: str
+    sha256: str | None = None
+    md5: str | None = None
+    note: str = ""
+
+
+class Resize(Spec):
+    """How a source image becomes one of the data set's size; `version` names the code that does.
+
+    Version 1 (`membench.data.decode`): the central `crop` (height, width) if there is one, then the
+    smaller edge to the wanted size with `filter` (Pillow, antialiased), then the central crop; an
+    image that has the size already is left alone. source_sizes: (height, width) allowed in the
+    source, else any. convert: grey, palette, CMYK and transparent images are brought to the data
+    set's channels; without it they are an error.
+    """
+
+    version: Literal[1] = 1
+    source_sizes: tuple[tuple[int, int], ...] = ()
+    crop: tuple[int, int] | None = None
+    filter: Literal["bilinear", "bicubic", "lanczos", "box"] = "bilinear"
+    convert: bool = False
+
+
+class Share(Spec):
+    """What one split gets: `count` units of a part of the source, or all that is left of it."""
+
+    part: str | None = None
+    count: int | None = Field(default=None, gt=0)
+
+
+class Draw(Spec):
+    """The deterministic rule that deals the source out (`membench.data.splits`, version 1).
+
+    unit: single images, or persons with all their images, so that no two splits share a person.
+    """
+
+    version: Literal[1] = 1
+    seed: int = 0
+    unit: Literal["image", "person"] = "image"
+    members: Share
+    auxiliary: Share
+    heldout: Share
+
+
+class Preparation(Spec):
+    """How the official files become arrays: `membench prepare`.
+
+    layout: the reader (`membench.data.layouts`). count: images in the source, None if it may vary.
+    labels: what a label is. attributes: of CelebA, whose combinations are the labels. folders: the
+    class folders to read, in the order of `images.classes`; others are passed over. only: a file
+    beside the data set that lists the images to use.
+    """
+
+    layout: Literal["celeba", "cifar10", "class_folders", "imagenet", "images", "lfw"]
+    count: int | None = Field(default=None, gt=0)
+    labels: Literal["identity", "attribute", "class", "none"]
+    attributes: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+    only: str | None = None
+    downloads: tuple[Download, ...]
+    resize: Resize = Resize()
+    draw: Draw
+
+    @model_validator(mode="after")
+    def _labels_can_be_read(self) -> Preparation:
+        if (self.labels == "attribute") != bool(self.attributes):
+            raise ValueError("attributes: needed with labels = 'attribute', and only there")
+        return self
 
 
 BandMode = Literal["calibrated", "cumulative", "literal", "shifted"]
@@ -242,7 +321,12 @@ class TargetRecipe(Spec):
 
 
 class DataCard(Spec):
-    """One data set of the benchmark: a TOML file in `datasets/`."""
+    """One data set of the benchmark: a TOML file in `datasets/`.
+
+    license: terms of use as the authors state them. published: files of `leaderboards/published`
+    with what papers printed for it. A card is never edited once it is released: a changed one gets
+    the next revision.
+    """
 
     name: str
     revision: int = Field(gt=0)
@@ -253,6 +337,8 @@ class DataCard(Spec):
     note: str = ""
     default_target: str
     show_images: bool = False
+    published: tuple[str, ...] = ()
+    preparation: Preparation | None = None
     images: Images
     splits: Splits
     similarity: Similarity = Similarity()
@@ -286,6 +372,18 @@ class DataCard(Spec):
             raise ValueError(f"default_target: no target named {self.default_target!r}")
         return self
 
+    @model_validator(mode="after")
+    def _nothing_is_unknown(self) -> DataCard:
+        """Only a data set that the user prepares may leave anything to its manifest."""
+        if self.preparation is None:
+            for name in SPLITS:
+                for field, value in getattr(self.splits, name):
+                    if value is None:
+                        raise ValueError(f"splits.{name}.{field}: Field required")
+            if not self.images.classes:
+                raise ValueError("images.classes: Field required")
+        return self
+
 
 def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
@@ -305,11 +403,35 @@ def explain(error: ValidationError) -> str:
     return f"{field}: {message}" if field else message
 
 
+class WaitingCard(Spec):
+    """A data set of the papers that membench cannot run yet; `waits_for` says what is missing."""
+
+    name: str
+    revision: int = Field(gt=0)
+    title: str
+    license: str
+    citation: str
+    source: str
+    note: str = ""
+    waits_for: str
+
+
+class NotYet(MembenchError):
+    """A card that waits for something; the message says for what."""
+
+
 def load_card(path: Path) -> DataCard:
-    """Read and validate a data card; a `MembenchError` names the file and the field."""
+    """Read and validate a data card; a `MembenchError` names the file and the field.
+
+    A card with `waits_for` is valid but cannot be used: `NotYet`.
+    """
     try:
         with open(path, "rb") as stream:
-            card = DataCard.model_validate(tomllib.load(stream))
+            content = tomllib.load(stream)
+        if "waits_for" in content:
+            waiting = WaitingCard.model_validate(content)
+            raise NotYet(f"{path}: {waiting.name} waits for {waiting.waits_for}")
+        card = DataCard.model_validate(content)
     except OSError as error:
         raise MembenchError(f"{path}: data card cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -60,6 +60,9 @@ def train_target(
     keep_freed_memory()
     recipe = card.targets[name]
     dataset = load_dataset(card, registry.data_folder(card.name))
+    card = dataset.card  # with what a prepared data set's manifest says
+    members_sha256 = card.splits.members.images_sha256
+    assert members_sha256 is not None, "load_dataset completes the card"
     folder = results / "targets" / card.name / name
     console = Console()
     columns = (
@@ -101,7 +104,7 @@ def train_target(
             recipe,
             card.images,
             dataset.members.images,
-            card.splits.members.images_sha256,
+            members_sha256,
             folder,
             labels=np.asarray(dataset.members.labels),
             probe=probe,
