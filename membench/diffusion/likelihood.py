@@ -23,12 +23,13 @@ step, so each v gives an unbiased estimate of the whole integral. Bias: y_0 is a
 noise of width sigma_0 (0.01 for the linear schedule of 1000 steps) on it; what is computed is the
 density of the model blurred by sigma_0, never of something sharper.
 
-**elbo.** The bound of a DDPM (Ho, Jain and Abbeel 2020, eq. 5) whose reverse steps have the variance
+**elbo.** The bound of a DDPM (Ho, Jain and Abbeel 2020, eq. 5) whose reverse steps have variance
 beta_t (their "fixed large"; the posterior variance r_t beta_t is far too small where the noise is
 narrower than the data), timesteps from 0:
 
     -log p(x) <= KL(q(x_T | x) || N(0, I))
-                 + sum_{t=1}^{T-1} [ w_t E||eps - eps_theta(x_t, t)||^2 + D (r_t - 1 - log r_t) / 2 ]
+                 + sum_{t=1}^{T-1} [ w_t E||eps - eps_theta(x_t, t)||^2
+                                     + D (r_t - 1 - log r_t) / 2 ]
                  + E||eps - eps_theta(x_0, 0)||^2 / 2 + (D / 2) log(2 pi sigma_0^2),
 
 w_t = beta_t / (2 alpha_t (1 - abar_t)), r_t = (1 - abar_{t-1}) / (1 - abar_t). The last line is the
@@ -42,6 +43,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -134,7 +136,7 @@ def elbo(
     columns = []
     for _ in range(replicates):
         loss = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in pairwise(edges):
             draws = [g.integers(low, high) for g in generators]
             noises = np.stack([g.standard_normal(x.shape[1:]) for g in generators])
             t = torch.tensor(draws, device=x.device)
@@ -167,7 +169,7 @@ def strata(timesteps: int, count: int) -> list[int]:
 
 
 def elbo_weights(abar: Sequence[float]) -> Tensor:
-    """w_t, the factors of E||eps - eps_theta||^2 in the bound, float64 [T]; w_0 is the decoder's."""
+    """Factors w_t of E||eps - eps_theta||^2 in the bound: float64 [T]; w_0 is the decoder's."""
     a = torch.tensor(abar, dtype=torch.float64)
     alpha = a[1:] / a[:-1]
     decoder = torch.full((1,), 0.5, dtype=torch.float64)
