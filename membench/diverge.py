@@ -284,7 +284,7 @@ def summarise(values: Values, identity: dict[str, Any]) -> dict[str, Any]:
     for e, epsilon in enumerate(spec.epsilons):
         row: dict[str, Any] = {"epsilon": epsilon}
         if spec.estimator == "knn":
-            sides = {s: divergence.knn_divergence(values[f"{s}_terms_{e}"]) for s in SIDES}
+            sides, found = _knn(values, e)
         else:
             sides = {
                 s: divergence.memorization_divergence(
@@ -295,7 +295,7 @@ def summarise(values: Values, identity: dict[str, Any]) -> dict[str, Any]:
             row["pointwise_memorization"] = _pointwise(values, epsilon, size, count)
             if f"members_log_p_half_{e}" in values:
                 row["solver"] = {s: _solver(values, s, e) for s in SIDES}
-        found = divergence.gap(sides["members"], sides["heldout"])
+            found = divergence.gap(sides["members"], sides["heldout"])
         row["memorization_divergence"] = sides | {"gap": found}
         rows.append(row)
     members, heldout = (values[f"{side}_semantic"] for side in SIDES)
@@ -306,6 +306,16 @@ def summarise(values: Values, identity: dict[str, Any]) -> dict[str, Any]:
         "gap": divergence.paired_gap(members, heldout),
     }
     return {"epsilons": rows, "semantic_memorization": semantic}
+
+
+def _knn(values: Values, e: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both sides and their gap."""
+    jackknives = (values[f"members_jackknife_{e}"], values[f"heldout_jackknife_{e}"])
+    sides: dict[str, Any] = {
+        side: divergence.knn_divergence(values[f"{side}_terms_{e}"], jackknife)
+        for side, jackknife in zip(SIDES, jackknives, strict=True)
+    }
+    return sides, divergence.knn_gap(sides["members"], sides["heldout"], jackknives)
 
 
 def _pointwise(values: Values, epsilon: float, size: int, count: int) -> dict[str, Any]:
@@ -391,8 +401,7 @@ def knn_of_images(
     values = overlap.knn_values(images, dataset, spec, describe)
     rows = []
     for e, epsilon in enumerate(spec.epsilons):
-        sides = {s: divergence.knn_divergence(values[f"{s}_terms_{e}"]) for s in SIDES}
-        found = divergence.gap(sides["members"], sides["heldout"])
+        sides, found = _knn(values, e)
         rows.append({"epsilon": epsilon, "memorization_divergence": sides | {"gap": found}})
     return {
         "space": space,

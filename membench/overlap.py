@@ -245,14 +245,19 @@ def knn_values(
     ):
         clean = np.asarray(space(pixels[rows]), np.float64)
         for e, width in enumerate(spec.epsilons):
-            columns = []
+            columns, jackknives = [], []
             for draw in range(spec.draws):
                 noise = np.stack([
                     generator(spec, side, int(row), draw).standard_normal(clean.shape[1])
                     for row in rows
                 ])  # fmt: skip
-                columns.append(divergence.knn_terms(clean + width * noise, y, spec.neighbours or 1))
+                terms, jackknife = divergence.knn_terms(
+                    clean + width * noise, y, spec.neighbours or 1
+                )
+                columns.append(terms)
+                jackknives.append(jackknife)
             result[f"{side}_terms_{e}"] = np.stack(columns, 1)
+            result[f"{side}_jackknife_{e}"] = np.stack(jackknives, 1)
             if advance:
                 advance(1)
     return result

@@ -23,6 +23,9 @@ from membench.similarity.search import nearest
 Floats = NDArray[np.float64]
 Groups = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Labels of the points [n] and of the centres [N]: a point is compared with its own group only."""
+BLOCKS = 10
+"""Of the jackknife of `knn`."""
+_SPARE = 40  # neighbours beyond the k-th that are kept: a block left out never takes all of them
 _BLOCK = 2**22  # pairs whose squared distances are in memory at a time
 
 
@@ -128,7 +131,7 @@ def semantic_memorization(squares: Floats, count: int) -> dict[str, Any]:
     return _summed(squares, count)
 
 
-def knn_terms(x: Floats, y: Floats, k: int, floor: float = 0.0) -> Floats:
+def knn_terms(x: Floats, y: Floats, k: int, floor: float = 0.0) -> tuple[Floats, Floats]:
     """Terms [n] whose mean estimates KL(P || Q) from x ~ P [n, D] and y ~ Q [m, D].
 
         D log(nu_k(i) / rho_k(i)) + log(m / (n - 1))
@@ -138,30 +141,66 @@ def knn_terms(x: Floats, y: Floats, k: int, floor: float = 0.0) -> Floats:
     dimensions its bias is large and falls slowly with n: differences between models on the same
     points are what counts.
 
+    Second comes the jackknife [BLOCKS]: the estimate without every BLOCKS-th x and y, from the
+    first, the second, ... on. Terms share neighbours and samples: their spread is no error.
+
     floor: distances below it count as it (quantised data: half a step). Without one, a k-th
     neighbour at distance zero (k + 1 equal points) is refused: the estimate would be infinite.
     """
     n, m = len(x), len(y)
-    if not 1 <= k <= min(n - 1, m):
-        raise MembenchError(f"k: {k}, expected 1 to {min(n - 1, m)} for {n} and {m} points")
-    own = nearest(x, x, k + 1).distance[:, k].astype(np.float64)  # the nearest is x_i, distance 0
-    other = nearest(x, y, k).distance[:, k - 1].astype(np.float64)
-    own, other = np.maximum(own, floor), np.maximum(other, floor)
-    for name, distance in (("the same set", own), ("the other set", other)):
-        if not distance.all():
+    most = min(n - 1, m) - (max(n, m) // BLOCKS + 1)  # what is left without a block
+    if not 1 <= k <= most:
+        raise MembenchError(f"k: {k}, expected 1 to {most} for {n} and {m} points")
+    among_x, among_y = nearest(x, x, k + 1 + _SPARE), nearest(x, y, k + _SPARE)
+    others = among_x.index != np.arange(n)[:, None]
+
+    def kth(distance: NDArray[np.float32], valid: NDArray[np.bool_], where: str) -> Floats:
+        place = (valid.cumsum(1) == k).argmax(1)
+        found = np.take_along_axis(distance, place[:, None], 1)[:, 0].astype(np.float64)
+        found = np.maximum(found, floor)
+        if not found.all():
             raise MembenchError(
-                f"knn: {np.count_nonzero(distance == 0)} points have {k} equal points in {name}; "
+                f"knn: {np.count_nonzero(found == 0)} points have {k} equal points in {where}; "
                 "take a larger k, or a floor for distances"
             )
-    return x.shape[1] * np.log(other / own) + math.log(m / (n - 1))
+        return found
+
+    def terms(left_out: int | None) -> Floats:
+        keep_x, keep_y = others, np.ones_like(among_y.index, bool)
+        rows = np.ones(n, bool)
+        if left_out is not None:
+            keep_x = others & (among_x.index % BLOCKS != left_out)
+            keep_y = among_y.index % BLOCKS != left_out
+            rows = np.arange(n) % BLOCKS != left_out
+        own = kth(among_x.distance[rows], keep_x[rows], "the same set")
+        other = kth(among_y.distance[rows], keep_y[rows], "the other set")
+        left = m - (0 if left_out is None else len(range(left_out, m, BLOCKS)))
+        return x.shape[1] * np.log(other / own) + math.log(left / (rows.sum() - 1))
+
+    return terms(None), np.array([terms(block).mean() for block in range(BLOCKS)])
 
 
-def knn_divergence(terms: Floats) -> dict[str, Any]:
-    """Mean of `knn_terms`, [n] or [n, R] for R sample sets; the error takes the n as independent.
+def knn_divergence(terms: Floats, jackknife: Floats) -> dict[str, Any]:
+    """Mean of `knn_terms` and its jackknife error, of the variance only, never of the bias.
 
-    They share neighbours and are not quite: the error is of the variance only, never of the bias.
+    terms [n, R], jackknife [BLOCKS, R]: R sample sets x with the same y.
     """
-    return _estimate(terms if terms.ndim == 1 else terms.mean(1))
+    found = _estimate(terms.mean(1))
+    return found | {"standard_error": _jackknife_error(jackknife.mean(1))}
+
+
+def knn_gap(
+    members: Mapping[str, Any], heldout: Mapping[str, Any], jackknives: tuple[Floats, Floats]
+) -> dict[str, Any]:
+    """Held-out minus members where both saw the same y: the blocks are left out of both."""
+    error = _jackknife_error((jackknives[1] - jackknives[0]).mean(1))
+    return _with_z(heldout["value"] - members["value"], error)
+
+
+def _jackknife_error(replicates: Floats) -> float:
+    """Delete-a-block jackknife (Efron and Tibshirani 1993, ch. 11): [B] estimates."""
+    blocks = len(replicates)
+    return math.sqrt((blocks - 1) / blocks * ((replicates - replicates.mean()) ** 2).sum())
 
 
 def gap(members: Mapping[str, Any], heldout: Mapping[str, Any]) -> dict[str, Any]:
