@@ -151,6 +151,8 @@ def build_cell(spec: DivergenceSpec, lab: Lab) -> Cell:
         raise MembenchError(f"target {target.name} has no likelihood; take --estimator knn")
     condition = target.identity.get("condition")
     known: np.ndarray | None = getattr(target, "labels", None)
+    if spec.marginal and known is None:
+        raise MembenchError(f"--marginal: target {target.name} is not told any labels")
     labels = overlap.set_labels(condition, known, lab.dataset, spec.seed)
     samples = lab.images(
         None,
@@ -226,7 +228,7 @@ def _calls(spec: DivergenceSpec, target: Any, samples: int) -> int:
     if spec.estimator == "knn":
         return 0
     points = 2 * len(spec.epsilons) * spec.images * spec.draws + min(spec.images, samples)
-    parts = len(np.unique(target.labels)) if spec.marginal and target.labels is not None else 1
+    parts = len(np.unique(target.labels)) if spec.marginal else 1
     parts *= len(target.sides) if isinstance(target, OracleTarget) else 1
     each = likelihood.CALLS[spec.estimator] * (spec.steps or 1)
     return parts * points * each * (1 if spec.estimator == "pf_ode" else spec.probes or 1)

@@ -386,6 +386,11 @@ def test_wrong_settings_get_one_line(settings: dict, message: str) -> None:  # t
         settle(**settings)
 
 
+def test_marginals_are_for_conditional_targets(known: Lab) -> None:
+    with pytest.raises(MembenchError, match="--marginal: target closed_form is not told"):
+        diverge.build_cell(settle(estimator="elbo", marginal=True), known)
+
+
 def test_held_out_labels_of_a_conditional_target(small: Dataset) -> None:
     members = np.arange(64) % 10
     assert overlap.set_labels(None, None, small, 0) is None

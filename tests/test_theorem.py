@@ -49,7 +49,7 @@ def test_the_verdict_is_that_of_the_paired_difference(log_p: float, word: str) -
     items = found("none", -100.0), found("labels", log_p, noise=1.5)
     lines = experiment._reading(rows(*items), items)
     assert len(lines) == len(experiment.EPSILONS) + 2
-    assert all(word in line for line in lines[:2]) and f"{-100 - log_p:+.0f}"[:2] in lines[0]
+    assert all(word in line for line in lines[:2])
     assert "none 10.00 % (0.00 %)" in lines[2]
 
 

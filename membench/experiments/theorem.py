@@ -77,12 +77,14 @@ def theorem(
     targets: the unconditional one first; by default those of `fashion_mini` trained for it.
     """
     models = targets or TARGETS
+    recipes = registry.card(dataset).targets
     rows: list[dict[str, Any]] = []
     found: list[_Found] = []
     for model, target in models.items():
+        conditional = target in recipes and recipes[target].condition != "none"
         for estimator in estimators:
-            jobs = [("p(x | y)" if model != next(iter(models)) else "p(x)", images, False)]
-            if estimator == "elbo" and model != next(iter(models)):
+            jobs = [("p(x | y)" if conditional else "p(x)", images, False)]
+            if estimator == "elbo" and conditional:
                 jobs.append(("p(x)", max(2, images // MARGINAL_SHARE), True))
             for density, count, marginal in jobs:
                 cell = diverge.prepare(
