@@ -113,7 +113,8 @@ def prepare(
     torch.backends.cudnn.allow_tf32 = False  # float32 is what the record says
     device = resolve_device(device)
     model = resolve_target(target or card.default_target, card, data, registry, results, device)
-    return build_cell(spec, Lab(data, model, Store(results), progress, device))
+    lab = Lab(data, model, Store(results), progress, device, registry=registry)
+    return build_cell(spec, lab)
 
 
 def settle(members: int, **settings: Any) -> DivergenceSpec:
@@ -163,6 +164,13 @@ def build_cell(spec: DivergenceSpec, lab: Lab) -> Cell:
         title="samples",
     )
     descriptor = card.attack.cluster_descriptor
+    described: tuple[Artifact[np.ndarray], ...] = ()
+    if not isinstance(descriptor, str):
+        described = (
+            lab.descriptors_of("members", descriptor),
+            lab.descriptors_of("heldout", descriptor),
+            lab.descriptors_of_images(samples, descriptor),
+        )
     versions = {"values": VERSION} | likelihood.VERSIONS
     identity = {
         "dataset": {
@@ -173,7 +181,7 @@ def build_cell(spec: DivergenceSpec, lab: Lab) -> Cell:
         },
         "target": {"name": target.name} | target.identity,
         "divergence": spec.identity(),
-        "descriptor": descriptor,
+        "descriptor": descriptor if isinstance(descriptor, str) else descriptor.identity(),
         "shape": list(card.images.shape),
         "sigma_0": likelihood.smallest_noise(target.abar),
         "conditional": known is not None and not spec.marginal and spec.estimator != "knn",
@@ -205,9 +213,12 @@ def build_cell(spec: DivergenceSpec, lab: Lab) -> Cell:
                 )
             work.seconds = float(values.pop("seconds")[0])
         groups = overlap.sample_groups(spec, target, labels, count)  # type: ignore[arg-type]
-        values |= overlap.semantic_values(
-            np.asarray(generated[:count]), lab.dataset, descriptor, groups
-        )
+        if isinstance(descriptor, str):
+            z = overlap.set_descriptors(np.asarray(generated[:count]), lab.dataset, descriptor)
+        else:
+            z = [lab.store.get(item) for item in described]
+            z = [z[0], z[1][: len(lab.dataset.heldout_twin)], z[2][:count]]
+        values |= overlap.semantic_values(z, groups)
         work.unet_calls = calls
         overlap.save_arrays(folder / VALUES, values)
 
@@ -217,7 +228,7 @@ def build_cell(spec: DivergenceSpec, lab: Lab) -> Cell:
         identity,
         make,
         lambda folder: overlap.load_arrays(folder / VALUES),
-        (samples,),
+        (samples, *described),
         Work(calls),
     )
     return Cell(spec, lab, labels, samples, artifact)
@@ -300,9 +311,10 @@ def summarise(values: Values, identity: dict[str, Any]) -> dict[str, Any]:
             found = divergence.gap(sides["members"], sides["heldout"])
         row["memorization_divergence"] = sides | {"gap": found}
         rows.append(row)
+    descriptor = identity["descriptor"]
     members, heldout = (values[f"{side}_semantic"] for side in SIDES)
     semantic = {
-        "descriptor": identity["descriptor"],
+        "descriptor": descriptor if isinstance(descriptor, str) else descriptor["name"],
         "members": divergence.semantic_memorization(members, count),
         "heldout": divergence.semantic_memorization(heldout, count),
         "gap": divergence.paired_gap(members, heldout),

@@ -263,22 +263,29 @@ def knn_values(
     return result
 
 
-def semantic_values(
-    images: np.ndarray, dataset: Dataset, descriptor: str, groups: Mapping[Side, Groups] | None
-) -> Values:
-    """mean_i ||z - z_i||^2 of every generated image in the space of a named descriptor.
+def semantic_values(z: Sequence[Floats], groups: Mapping[Side, Groups] | None) -> Values:
+    """mean_i ||z - z_i||^2 of every generated image, z: descriptors of members, twins, generated.
 
-    The descriptor is fitted to members, held-out twins and generated images together.
+    `set_descriptors` gives them for pixels of the sets themselves; all three must share a space.
     """
-    members, twin = dataset.members.images, dataset.heldout_twin.images
-    z = describe(np.concatenate([members, twin, images]), descriptor)
-    parts = np.split(z, [len(members), len(members) + len(twin)])
     return {
         f"{side}_semantic": divergence.mean_squared_distance(
-            parts[2], centres, None if groups is None else groups[side]
+            np.asarray(z[2], np.float64),
+            np.asarray(centres, np.float64),
+            None if groups is None else groups[side],
         )
-        for side, centres in zip(SIDES, parts[:2], strict=True)
+        for side, centres in zip(SIDES, z[:2], strict=True)
     }
+
+
+def set_descriptors(images: np.ndarray, dataset: Dataset, name: str) -> list[Floats]:
+    """Descriptors of members, held-out twins and generated images, fitted to all of them together.
+
+    name: one of `membench.diffusion.clusters.DESCRIPTORS`.
+    """
+    members, twin = dataset.members.images, dataset.heldout_twin.images
+    z = describe(np.concatenate([members, twin, images]), name)
+    return np.split(z, [len(members), len(members) + len(twin)])
 
 
 def sample_groups(

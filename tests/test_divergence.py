@@ -20,7 +20,8 @@ from membench.diffusion.targets import ClosedFormTarget, OracleTarget
 from membench.errors import MembenchError
 from membench.lab import Lab
 from membench.metrics import divergence
-from membench.specs import Sampling
+from membench.registry import Registry
+from membench.specs import DescriptorChoice, Sampling
 from membench.store import Store
 
 
@@ -222,7 +223,8 @@ def known(small: Dataset, tmp_path: Path) -> Lab:
             if (part := getattr(small, name))
         },
     )
-    return Lab(dataset, closed_form(dataset, 0.4), Store(tmp_path / "results"), silent)
+    store = Store(tmp_path / "results")
+    return Lab(dataset, closed_form(dataset, 0.4), store, silent, registry=Registry())
 
 
 def settle(**settings) -> overlap.DivergenceSpec:  # type: ignore[no-untyped-def]
@@ -300,6 +302,32 @@ def test_knn_sees_which_set_was_copied(fashion_mini: Dataset) -> None:
     )  # fmt: skip
     assert described["space"] == "lowest rows"
     assert described["epsilons"][0]["memorization_divergence"]["gap"]["z"] > 2
+
+
+@pytest.mark.parametrize("plugin", [False, True])
+def test_semantic_memorization_in_the_cards_descriptor(known: Lab, plugin: bool) -> None:
+    """All pairs, written out: descriptors of the sets themselves, and of a plugin."""
+    if plugin:
+        choice = DescriptorChoice(name="pixels")
+        attack = known.dataset.card.attack.model_copy(update={"cluster_descriptor": choice})
+        card = known.dataset.card.model_copy(update={"attack": attack})
+        known = replace(known, dataset=replace(known.dataset, card=card))
+    cell = diverge.build_cell(settle(estimator="knn", epsilons=(0.1,)), known)
+    record = diverge.run(cell)
+    found = record["results"]["semantic_memorization"]
+    assert found["descriptor"] == ("pixels" if plugin else "pixels_pca")
+    generated = known.store.get(cell.samples).images
+    if plugin:
+        z = known.store.get(known.descriptors_of_images(cell.samples, choice))
+        sets = [
+            known.store.get(known.descriptors_of(s, choice))[:64] for s in ("members", "heldout")
+        ]
+    else:
+        *sets, z = overlap.set_descriptors(np.asarray(generated), known.dataset, "pixels_pca")
+    for side, centres in zip(overlap.SIDES, sets, strict=True):
+        brute = sum(((np.float64(z) - np.float64(z_i)) ** 2).sum(1).mean() for z_i in centres)
+        assert found[side]["sum"] == pytest.approx(brute, rel=1e-9)
+    assert diverge.verify_divergence(cell.folder) == record
 
 
 def test_batches_and_kills_change_nothing(known: Lab, tmp_path: Path) -> None:

@@ -62,12 +62,13 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     ]
     if spec["estimator"] != "knn":
         lines.append(f"the density is the model's, blurred by {identity['sigma_0']:.3g}")
-    if any("solver" in row for row in results["epsilons"]):
-        largest = max(
-            side["largest"] for row in results["epsilons"] for side in row["solver"].values()
-        )
+    solver = [row["solver"] for row in results["epsilons"] if "solver" in row]
+    if solver:
+        largest = max(abs(side["mean"]) for sides in solver for side in sides.values())
+        of_gap = max(abs(s["members"]["mean"] - s["heldout"]["mean"]) for s in solver)
         lines.append(
-            f"solver: {spec['steps']} steps; half of them change log p by at most {largest:.2g}"
+            f"solver: {spec['steps']} steps; half of them move a mean by at most {largest:.2g}, "
+            f"a gap by at most {of_gap:.2g} ({solver[0]['members']['n']} images each)"
         )
     if spec["estimator"] == "knn":
         lines.append("knn is biased in many dimensions: read differences only")
