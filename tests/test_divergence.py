@@ -151,10 +151,10 @@ def test_knn_terms_are_those_of_brute_force(k: int) -> None:
 
 
 def test_knn_recovers_the_divergence_of_gaussians() -> None:
-    """Bias and error over 40 sample sets; the stated error is that of the spread."""
+    """Bias and error over 24 sample sets; the stated error is that of the spread."""
     truth = gaussian_kl(2, 1.0, 1.5, 0.5)
     values, errors = [], []
-    for seed in range(40):
+    for seed in range(24):
         rng = np.random.default_rng(seed)
         x, y = rng.standard_normal((1500, 2)), 0.5 + 1.5 * rng.standard_normal((1500, 2))
         terms, jackknife = divergence.knn_terms(x, y, 3)
@@ -234,7 +234,7 @@ def settle(**settings) -> overlap.DivergenceSpec:  # type: ignore[no-untyped-def
 @pytest.mark.parametrize("estimator", ["pf_ode", "elbo"])
 def test_divergence_of_a_known_density(known: Lab, estimator: str) -> None:
     """Against log q_e - log p by the exact mixtures, at the very points that were drawn."""
-    probes, steps = {"pf_ode": (8, 24), "elbo": (16, 64)}[estimator]
+    probes, steps = {"pf_ode": (8, 24), "elbo": (8, 64)}[estimator]
     spec = settle(estimator=estimator, epsilons=(0.4, 0.2), steps=steps, probes=probes, images=48)
     cell = diverge.build_cell(spec, known)
     record = diverge.run(cell)
@@ -284,8 +284,11 @@ def test_pointwise_of_a_known_density(known: Lab) -> None:
     for x_i in members:
         normal = multivariate_normal(x_i, 0.2 * np.eye(16)).logpdf(x)
         total += (mixture(x, members, math.hypot(0.4, sigma)) - normal).mean()
-    print(f"pointwise: {found['members']['sum']:.2f}, known at the same samples {total:.2f}")
-    assert found["members"]["sum"] == pytest.approx(total, abs=64 * 0.4)
+    log_p = overlap.load_arrays(cell.folder / diverge.VALUES)["samples_log_p"]
+    error = 64 * math.sqrt((log_p.var(1, ddof=1) / 8).sum()) / 24  # of the probes
+    print(f"pointwise: {found['members']['sum']:.2f}, known there {total:.2f}, error {error:.2f}")
+    assert abs(found["members"]["sum"] - total) < 3.5 * error
+    assert error < 0.02 * total
     assert found["members"]["sum"] == pytest.approx(64 * found["members"]["value"])
 
 
