@@ -91,6 +91,7 @@ def _target_rows(card: DataCard) -> list[dict[str, Any]]:
 
 def _metric_rows() -> list[dict[str, Any]]:
     from membench.metrics import METRICS
+    from membench.metrics.catalogue import MODEL_METRICS
 
     return [
         {
@@ -100,7 +101,7 @@ def _metric_rows() -> list[dict[str, Any]]:
             "origin": metric.source,
             "version": metric.version,
         }
-        for metric in METRICS.values()
+        for metric in [*METRICS.values(), *MODEL_METRICS.values()]
     ]
 
 

@@ -255,6 +255,79 @@ def _settings(texts: list[str] | None) -> dict[str, str]:
 
 
 @app.command()
+def diverge(
+    dataset: Annotated[str, typer.Option(help="Data set; see `membench list datasets`.")],
+    target: Annotated[
+        str | None, typer.Option(help="Target of the card, or oracle:RATE [default: the card's]")
+    ] = None,
+    estimator: Annotated[str, typer.Option(help="pf_ode, elbo or knn.")] = "pf_ode",
+    epsilon: Annotated[str, typer.Option(help="Widths e of the kernels.")] = "0.05,0.1,0.2",
+    images: Annotated[
+        int | None, typer.Option(help="Members looked at [default: 128; knn: all]")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Solver steps (pf_ode, 24) or timesteps (elbo, 64).")
+    ] = None,
+    probes: Annotated[int | None, typer.Option(help="Estimates of each log p [default: 2]")] = None,
+    draws: Annotated[int, typer.Option(help="Draws of noise for each image.")] = 1,
+    neighbours: Annotated[int | None, typer.Option(help="k of knn [default: 3]")] = None,
+    marginal: Annotated[
+        bool, typer.Option("--marginal", help="Of a conditional target p(x), not p(x | y).")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of images, noise, probes and samples.")] = 0,
+    device: Device = "auto",
+    results: Results = Path("results"),
+    plugins: Plugins = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how near a target's density is to its members, and to images it never saw.
+
+    Memorization divergence, pointwise and semantic memorization, each beside its held-out twin.
+
+    Example: `membench diverge --dataset fashion_mini --target ddpm --estimator elbo --images 64`
+    """
+    from rich.console import Console
+
+    from membench.console import Stages
+
+    registry = _registry(plugins)
+    registry.card(dataset)  # a wrong name answers before torch is loaded
+    try:
+        widths = tuple(float(part) for part in epsilon.split(","))
+    except ValueError:
+        raise MembenchError(f"--epsilon {epsilon}: expected numbers, as in 0.05,0.1") from None
+    from membench import diverge as engine
+    from membench.report.divergence import report
+
+    console = Console(stderr=as_json)
+    cell = engine.prepare(
+        registry,
+        results,
+        Stages(console, quiet=as_json),
+        dataset=dataset,
+        target=target,
+        estimator=estimator,
+        epsilons=widths,
+        images=images,
+        steps=steps,
+        probes=probes,
+        draws=draws,
+        neighbours=neighbours,
+        marginal=marginal,
+        seed=seed,
+        device=device,
+    )
+    with _resumable():
+        record = engine.run(cell)
+    if as_json:
+        print(json.dumps(record, indent=1))
+    else:
+        console.print(report(record))
+        print(f"record  {cell.folder / engine.RECORD}")
+        print(f"picture {cell.folder / engine.FIGURE}")
+
+
+@app.command()
 def train(
     dataset: Annotated[str, typer.Argument(help="Data set; see `membench list datasets`.")],
     target: Annotated[str, typer.Option(help="Target of the card whose recipe is followed.")],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,9 @@ from membench.specs import Images, TargetRecipe
 
 ORACLE = "oracle"
 Shape = tuple[int, int, int]
+Field = Callable[[Tensor, Tensor], Tensor]
+"""(x_t [B, C, H, W], t float64 [B], real numbers from 0 to T - 1) -> eps [B, C, H, W], with its
+gradient in x_t: what likelihoods need of a target."""
 
 
 class Target(Protocol):
@@ -38,6 +41,25 @@ class Target(Protocol):
     def eps_model(self, seed: int, indices: Sequence[int]) -> EpsModel:
         """(x_t [B, C, H, W], t) -> eps [B, C, H, W], for the images `indices` of run `seed`."""
         ...
+
+
+class DensityTarget(Target, Protocol):
+    """A target whose likelihood can be computed."""
+
+    def mixture(self, labels: np.ndarray | None) -> list[tuple[float, Field]]:
+        """Its density as a weighted sum (weights add up to 1) of densities, one for each field.
+
+        labels: int64 [B], the condition of each image; None if the target takes none.
+        """
+        ...
+
+
+def abar_at(abar: Sequence[float], t: Tensor) -> Tensor:
+    """abar at real timesteps t [B]: log abar is linear between neighbouring integers; float64."""
+    log_abar = torch.tensor(abar, dtype=torch.float64, device=t.device).log()
+    below = t.floor().long().clamp(0, max(len(abar) - 2, 0))
+    above = (below + 1).clamp(max=len(abar) - 1)
+    return torch.lerp(log_abar[below], log_abar[above], t.double() - below).exp()
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -91,8 +113,11 @@ def draw_conditions(
 
 def conditional_model(
     network: nn.Module, labels: np.ndarray | None, device: torch.device | str
-) -> EpsModel:
-    """A U-Net told the `labels` [B] of its images (None: unconditional), as an eps model."""
+) -> Callable[[Tensor, Any], Tensor]:
+    """A U-Net told the `labels` [B] of its images (None: unconditional): (x_t, t) -> eps.
+
+    t is an integer or a tensor [B] of real timesteps.
+    """
     known = {}
     if labels is not None:
         known = {"class_labels": torch.from_numpy(labels).to(device)}
@@ -138,6 +163,16 @@ class UNetTarget:
             return model(x_t.contiguous(memory_format=self.layout), t)
 
         return predict_eps
+
+    def mixture(self, labels: np.ndarray | None) -> list[tuple[float, Field]]:
+        """One density: p(x), or p(x | y) of images with these labels, int64 [B]."""
+        model = conditional_model(self.network, labels, self.device)
+
+        def field(x_t: Tensor, t: Tensor) -> Tensor:
+            x_t = x_t.to(self.device, torch.float32).contiguous(memory_format=self.layout)
+            return model(x_t, t.to(self.device, torch.float32))
+
+        return [(1.0, field)]
 
 
 def load_unet_target(
@@ -216,20 +251,34 @@ class ClosedFormTarget:
         """The same for every image."""
         return self.predict_eps
 
+    def mixture(self, labels: np.ndarray | None) -> list[tuple[float, Field]]:
+        """One density, that of the kernels; there are no labels."""
+
+        def field(x_t: Tensor, t: Tensor) -> Tensor:
+            abar_t = abar_at(self.abar, t.to(x_t.device))[:, None]
+            return self._eps(x_t, abar_t)
+
+        return [(1.0, field)]
+
     @torch.no_grad()
     def predict_eps(self, x_t: Tensor, t: int) -> Tensor:
         """eps = (x_t - sqrt(abar_t) E[x_0 | x_t]) / sqrt(1 - abar_t), [B, C, H, W]."""
-        abar_t = self.abar[t]
-        x = x_t.double()
-        eps = (x - abar_t**0.5 * self.denoise(x, t)) / (1 - abar_t) ** 0.5
-        return eps.to(x_t.dtype)
+        return self._eps(x_t, self.abar[t])
 
     @torch.no_grad()
     def denoise(self, x_t: Tensor, t: int) -> Tensor:
         """E[x_0 | x_t], float64 [B, C, H, W]: spec section 6, with a running log-sum-exp."""
-        abar_t, s2 = self.abar[t], self.kernel**2
-        v_t = abar_t * s2 + 1 - abar_t
+        return self._denoise(x_t.double().flatten(1), self.abar[t]).view(x_t.shape)
+
+    def _eps(self, x_t: Tensor, abar_t: float | Tensor) -> Tensor:
         x = x_t.double().flatten(1)
+        eps = (x - abar_t**0.5 * self._denoise(x, abar_t)) / (1 - abar_t) ** 0.5
+        return eps.to(x_t.dtype).view(x_t.shape)
+
+    def _denoise(self, x: Tensor, abar_t: float | Tensor) -> Tensor:
+        """x: float64 [B, D]; abar_t: a number or float64 [B, 1]; differentiable in x."""
+        s2 = self.kernel**2
+        v_t = abar_t * s2 + 1 - abar_t
         top = x.new_full((len(x), 1), -torch.inf)
         total, mean = torch.zeros_like(top), torch.zeros_like(x)
         for start in range(0, len(self.images), self.block):
@@ -237,14 +286,14 @@ class ClosedFormTarget:
             x_i = x_i.double().flatten(1)
             # -||x_t - sqrt(abar_t) x_i||^2 / (2 v_t) without the term that all i share
             logits = (abar_t**0.5 * x @ x_i.T - abar_t * x_i.square().sum(1) / 2) / v_t
-            new_top = torch.maximum(top, logits.amax(1, keepdim=True))
+            # the result does not depend on what is subtracted here, so neither does its gradient
+            new_top = torch.maximum(top, logits.detach().amax(1, keepdim=True))
             weights, rescale = (logits - new_top).exp(), (top - new_top).exp()
             total = total * rescale + weights.sum(1, keepdim=True)
             mean = mean * rescale + weights @ x_i
             top = new_top
         shrink = abar_t**0.5 * s2 / v_t
-        x_0 = (1 - abar_t**0.5 * shrink) * mean / total + shrink * x
-        return x_0.view(x_t.shape)
+        return (1 - abar_t**0.5 * shrink) * mean / total + shrink * x
 
 
 class OracleTarget:
@@ -318,6 +367,15 @@ class OracleTarget:
             return eps
 
         return predict_eps
+
+    def mixture(self, labels: np.ndarray | None) -> list[tuple[float, Field]]:
+        """The members' density with weight `rate`, the strangers' with the rest."""
+        weights = {True: self.rate, False: 1 - self.rate}
+        return [
+            (weights[side], target.mixture(None)[0][1])
+            for side, target in self.sides.items()
+            if weights[side] > 0
+        ]
 
 
 def parse_oracle(name: str) -> float | None:

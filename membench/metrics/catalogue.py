@@ -153,3 +153,35 @@ METRIC_VERSIONS = {name: metric.version for name, metric in METRICS.items() if m
 """Of the metrics in a record's scores."""
 DERIVED_VERSIONS = {name: m.version for name, m in METRICS.items() if not m.scored}
 """Of the metrics computed from records afterwards."""
+
+MODEL_METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "memorization_divergence",
+            1,
+            "KL(q_e || p_theta), q_e = (1/N) sum_i Normal(x_i, e^2 I): lower is more memorised",
+            "SIDE (Chen et al. 2025), eq. 5; by pf_ode, elbo or knn",
+        ),
+        Metric(
+            "pointwise_memorization",
+            1,
+            "sum_i E_p[log p_theta(x) - log Normal(x; x_i, e I)]: lower is more memorised",
+            "SIDE (Chen et al. 2024), eq. 1; by pf_ode or elbo",
+        ),
+        Metric(
+            "semantic_memorization",
+            1,
+            "sum_i E_p ||z - z_i||^2 in a descriptor space: lower is more memorised",
+            "SIDE (Chen et al. 2024), eq. 3",
+        ),
+        Metric(
+            "knn_divergence",
+            1,
+            "(D/n) sum_i log(nu_k(i) / rho_k(i)) + log(m / (n - 1))",
+            "Wang, Kulkarni and Verdu 2009, eq. 5",
+        ),
+    )
+}
+"""Of a whole model; they have records of their own (`membench diverge`)."""
+MODEL_METRIC_VERSIONS = {name: metric.version for name, metric in MODEL_METRICS.items()}
