@@ -24,7 +24,7 @@ from membench.lab import Progress
 from membench.metrics.divergence import paired_gap
 from membench.overlap import SIDES
 from membench.registry import Registry
-from membench.report.figures import _COLOURS, _HELDOUT, _LINE, _MEMBER, _pyplot, _svg
+from membench.report.figures import _COLOURS, HELDOUT, LINE, MEMBER, new_pyplot, svg
 from membench.run import prepare, run
 
 NAME = "theorem"
@@ -232,7 +232,7 @@ def _writes_csv(rows: Sequence[dict[str, Any]]) -> Callable[[Path], object]:
 
 def _draw(rows: Sequence[dict[str, Any]], models: Sequence[str]) -> str:
     """SVG: divergence of members and twins, their gap, and AMS, for each model."""
-    plt = _pyplot()
+    plt = new_pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(10.2, 3.1), layout="constrained")
     places = range(len(models))
     smallest = [row for row in rows if row["epsilon"] == min(EPSILONS)]
@@ -242,7 +242,7 @@ def _draw(rows: Sequence[dict[str, Any]], models: Sequence[str]) -> str:
         chosen = [next(r for r in own[m] if r["measure"].startswith(kind)) for m in models]
         shift = 0.16 * (k - (len(kinds) - 1) / 2)
         x, style = [place + shift for place in places], "os"[k % 2]
-        for side, colour in (("members", _MEMBER), ("heldout", _HELDOUT)):
+        for side, colour in (("members", MEMBER), ("heldout", HELDOUT)):
             errors = [2 * row[f"{side}_error"] for row in chosen]
             label = f"{side.replace('heldout', 'held-out')}, {kind}"
             axes[0].errorbar(
@@ -253,7 +253,7 @@ def _draw(rows: Sequence[dict[str, Any]], models: Sequence[str]) -> str:
             x, [row["gap"] for row in chosen], errors, fmt=style, ms=5,
             color=_COLOURS[k + 1], label=kind,
         )  # fmt: skip
-    for side, colour in (("members", _MEMBER), ("heldout", _HELDOUT)):
+    for side, colour in (("members", MEMBER), ("heldout", HELDOUT)):
         chosen = [
             next(r for r in rows if r["model"] == m and r["measure"] == "AMS") for m in models
         ]
@@ -269,6 +269,6 @@ def _draw(rows: Sequence[dict[str, Any]], models: Sequence[str]) -> str:
         axis.set_title(title, loc="left")
         axis.set_xticks(places, models)
         axis.set_xlim(-0.5, len(models) - 0.5)
-        axis.grid(axis="y", color=_LINE, lw=0.6)
+        axis.grid(axis="y", color=LINE, lw=0.6)
         axis.legend(frameon=False, fontsize=7)
-    return _svg(figure, [dict(row) for row in rows])
+    return svg(figure, [dict(row) for row in rows])

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from membench.report.figures import _HELDOUT, _LINE, _MEMBER, _pyplot, _short, _svg
+from membench.report.figures import HELDOUT, LINE, MEMBER, _short, new_pyplot, svg
 
 _EXPLAINED = {
     "memorization_divergence": "KL(q_e || p), nats: lower is nearer to the set",
@@ -89,17 +89,17 @@ def draw_divergence(record: Mapping[str, Any]) -> str:
     points = [{"epsilon": row["epsilon"]} | row["memorization_divergence"] for row in rows]
     points.sort(key=lambda point: point["epsilon"])
     widths = [point["epsilon"] for point in points]
-    plt = _pyplot()
+    plt = new_pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), layout="constrained")
     for side, colour, label in (
-        ("members", _MEMBER, "members"),
-        ("heldout", _HELDOUT, "held-out"),
+        ("members", MEMBER, "members"),
+        ("heldout", HELDOUT, "held-out"),
     ):
         values, errors = _numbers(points, side)
         axes[0].errorbar(widths, values, errors, fmt="o-", ms=4, color=colour, label=label)
     values, errors = _numbers(points, "gap")
-    axes[1].errorbar(widths, values, errors, fmt="o-", ms=4, color=_MEMBER)
-    axes[1].axhline(0, color=_HELDOUT, lw=0.8)
+    axes[1].errorbar(widths, values, errors, fmt="o-", ms=4, color=MEMBER)
+    axes[1].axhline(0, color=HELDOUT, lw=0.8)
     name = f"{identity['target']['name']} by {identity['divergence']['estimator']}"
     axes[0].set_title(f"{_short(name)}: KL(q_e || p), nats", loc="left")
     axes[1].set_title("held-out − members (± 2 errors)", loc="left")
@@ -109,8 +109,8 @@ def draw_divergence(record: Mapping[str, Any]) -> str:
         axis.set_xticks(widths, [f"{width:g}" for width in widths])
         axis.minorticks_off()
         axis.set_xlabel("e, width of the kernels")
-        axis.grid(color=_LINE, lw=0.6)
-    return _svg(figure, points)
+        axis.grid(color=LINE, lw=0.6)
+    return svg(figure, points)
 
 
 def _numbers(points: list[dict[str, Any]], side: str) -> tuple[list[float], list[float]]:

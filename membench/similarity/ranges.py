@@ -84,7 +84,7 @@ def _stream(
             query = found.query[chosen] + np.int64(begin)
             release(block)
             if progress is not None:
-                progress(len(block)*1 * len(other))
+                progress(len(block) * 1 * len(other))
             yield query, found.index[chosen], squared[chosen]
 
 
