@@ -24,7 +24,7 @@ from membench.metrics.scores import count_band
 from membench.record import RECORD, read_record
 from membench.report.records import Row, sections
 from membench.scoring import unpack_bits, unpack_counts
-from membench.similarity.matches import SIDES, Matches
+from membench.similarity.matches import Matches
 from membench.similarity.measures import LEVELS
 
 Record = Mapping[str, Any]
@@ -33,6 +33,8 @@ _ALIKE = (
     "dataset", "target", "similarity", "images_per_scale", "sampling", "label", "mitigation",
     "compute", "metrics",
 )  # fmt: skip
+
+SIDES = ("members", "heldout")
 
 
 @dataclass(frozen=True)

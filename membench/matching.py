@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from membench.describing import Describer
     from membench.lab import Progress
 
-VERSIONS = {"search": 2, "facts": 1}
+VERSIONS = {"search": 3, "facts": 1}
 """Of the code behind each kind of artifact: raise one when its results change."""
 MATCHES, FACTS = "matches.npz", "facts.npz"
 Queries = Callable[[], NDArray[Any]]
@@ -71,11 +71,6 @@ class Facts:
         if similarity.distinct_labels:
             keep &= ~np.isin(self.heldout_labels, self.members_labels)
         return keep
-
-    def near_duplicates(self, similarity: Similarity) -> tuple[int, int]:
-        """How many members, and twins, have another one within the near-duplicate distance."""
-        limit = similarity.near_duplicate_rmse
-        return int((self.members_rmse <= limit).sum()), int((self.twin_rmse <= limit).sum())
 
 
 @dataclass(frozen=True)
@@ -188,16 +183,20 @@ class Matcher:
 
         def make(folder: Path, work: Work) -> None:
             known = self.store.get(facts)
-            members, twin = (self._reference(name, known, features) for name in ("members", "twin"))
+            names = ["members"] if is_null else ["members", "heldout"]
+            if self.dataset.twin_is_smaller and not is_null:
+                names.append("members_twin")
+            references = {name: self._reference(name, known, features) for name in names}
             images = features.queries(queries, mirrored=False)
             mirrored = features.queries(queries, mirrored=True) if similarity.flips else None
             widest, bands = self._edges(null, known) if not is_null else (None, [])
-            passes = 4 if similarity.flips else 2
-            with self.progress(title, passes * len(images) * len(members), "pairs") as advance:
+            pairs = len(images) * sum(map(len, references.values())) * (1 + similarity.flips)
+            with self.progress(title, pairs, "pairs") as advance:
                 found = match(
                     images,
-                    members,
-                    twin,
+                    references["members"],
+                    references.get("heldout"),
+                    members_twin=references.get("members_twin"),
                     k=similarity.neighbours,
                     progress=advance,
                     measure=self.measure,
@@ -232,19 +231,27 @@ class Matcher:
         return min(b.lower for b in bands if b.lower is not None), bands
 
     def _reference(self, name: str, facts: Facts, features: _Features) -> Reference:
-        is_member = name == "members"
         rows = features.reference(name)
-        duplicates = facts.near_duplicates(self.similarity)[0 if is_member else 1]
+        rmse = facts.twin_rmse if name == "heldout" else facts.members_rmse[: len(rows)]
+        duplicates = int((rmse <= self.similarity.near_duplicate_rmse).sum())
         if not self.similarity.dedup_reference:
             return Reference(rows, None, duplicates)
-        kept = [np.flatnonzero(k) for k in (facts.members_keep, facts.twin_keep)]
-        size = len(kept[0])
-        if len(kept[1]) < size:
+        kept = np.flatnonzero(facts.twin_keep if name == "heldout" else facts.members_keep)
+        kept = kept[kept < len(rows)]
+        if name != "members" or not self.dataset.twin_is_smaller:
+            kept = kept[: self._deduplicated_size(facts)]  # twins of one size
+        return Reference(rows, kept.astype(np.int32), duplicates)
+
+    def _deduplicated_size(self, facts: Facts) -> int:
+        """How many images members (or their twin) and held-out twin keep: as many on both sides."""
+        members = facts.members_keep[: len(facts.twin_keep)]
+        size, twin = int(members.sum()), int(facts.twin_keep.sum())
+        if twin < size and not self.dataset.twin_is_smaller:
             raise MembenchError(
                 f"{self.dataset.card.name}: dedup_reference leaves {size} members but only "
-                f"{len(kept[1])} held-out twins; turn it off or add held-out images"
+                f"{twin} held-out twins; turn it off or add held-out images"
             )
-        return Reference(rows, kept[0 if is_member else 1][:size].astype(np.int32), duplicates)
+        return min(size, twin)
 
 
 def _keep(images: NDArray[Any], rmse: NDArray[Any], limit: float) -> NDArray[np.bool_]:
@@ -295,8 +302,12 @@ class _Features:
     def reference(self, name: str) -> NDArray[Any]:
         dataset = self.matcher.dataset
         if self.choice is None:
-            images: ImageSet = dataset.members if name == "members" else dataset.heldout_twin
-            return images.images
-        split = "members" if name == "members" else "heldout"
+            images: dict[str, ImageSet] = {
+                "members": dataset.members,
+                "heldout": dataset.heldout_twin,
+                "members_twin": dataset.members_twin,
+            }
+            return images[name].images
+        split = "heldout" if name == "heldout" else "members"
         rows = self.matcher.store.get(self._of_reference(split))
         return rows if name == "members" else rows[: len(dataset.heldout_twin)]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from membench.metrics.calibration import Calibration, calibrate
 from membench.metrics.intervals import clopper_pearson
 from membench.metrics.scores import average, count_band, score
-from membench.similarity.matches import SIDES, Matches
+from membench.similarity.matches import Matches
 from membench.similarity.measures import LEVELS
 from membench.specs import Similarity
 
@@ -76,7 +76,7 @@ def per_image(
 ) -> dict[str, Any]:
     """What paired comparisons need of every image, for the headline bands: F(x_i) and a_i.
 
-    {level: {"members" | "heldout": {scale: {"hits": bits, "exclusive": counts}}}}, packed
+    {level: {side: {scale: {"hits": bits, "exclusive": counts}}}}, packed
     (`pack_bits`, `pack_counts`); a level without a threshold is missing, and so are counts of bands
     whose pairs are not all known.
     """
@@ -87,8 +87,9 @@ def per_image(
         band = bands[level]
         if band is None:
             continue
-        found[level] = {name: {} for name in SIDES}
-        for name in SIDES:
+        sides = next(iter(matches.values())).sides
+        found[level] = {name: {} for name in sides}
+        for name in sides:
             for scale, of_scale in matches.items():
                 counted = count_band(of_scale, name, band, similarity.match)
                 packed: dict[str, Any] = {"hits": pack_bits(counted.hits)}

@@ -194,6 +194,36 @@ def test_a_deduplicated_reference_keeps_the_rows_of_the_split():
     )
 
 
+def test_a_smaller_twin_stands_against_as_many_members(tmp_path):
+    """AMS and UMS are against all members, the excess between references of one size."""
+    rng = np.random.default_rng(7)
+    members, heldout = (rng.integers(0, 256, (n, 4, 4, 1), dtype=np.uint8) for n in (90, 60))
+    images = members[[3, 70, 80]]
+    with pytest.raises(MembenchError, match="as many images as there are members: 60 and 90"):
+        match(images, members, heldout)
+    found = match(images, members, heldout, members_twin=members[:60])
+    found.save(tmp_path / "m.npz")
+    result = score(Matches.load(tmp_path / "m.npz"), modes=("cumulative",))
+    high = result["bands"]["cumulative"]["high"]
+    assert (result["n_members"], result["n_members_twin"], result["n_heldout"]) == (90, 60, 60)
+    assert high["members"]["ams"] == 1 and high["members"]["unique"] == 3
+    exact = score(match(images, members[:60], heldout), modes=("cumulative",))
+    alone = exact["bands"]["cumulative"]["high"]
+    assert high["excess"] == alone["excess"] and high["members_twin"] == alone["members"]
+    assert result["mean"]["excess"] == exact["mean"]["excess"]
+    assert result["l2_ratio"]["excess"] == exact["l2_ratio"]["excess"] == pytest.approx(1 / 3)
+
+
+def test_matches_without_a_twin_make_a_null_but_no_scores(tmp_path):
+    rng = np.random.default_rng(8)
+    rows = rng.integers(0, 256, (20, 4, 4, 1), dtype=np.uint8)
+    match(rows[:3], rows, None).save(tmp_path / "m.npz")
+    null = Matches.load(tmp_path / "m.npz")
+    assert null.sides == ("members",) and null.n_heldout == 0
+    with pytest.raises(MembenchError, match="no scores"):
+        score(null, modes=("cumulative",))
+
+
 def test_everything_survives_the_file(tmp_path):
     rng = np.random.default_rng(6)
     bands = list(SSCD.bands("literal").values())

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import pairwise
 from typing import Any
 
 from membench.errors import MembenchError
 from membench.similarity.measures import LEVELS
 
-SIDES = ("members", "heldout")
+REFERENCES = ("members", "heldout", "members_twin")
+
+
+def equal_side(sides: Container[str]) -> str:
+    """The side that the held-out one is subtracted from: it has as many images."""
+    return "members_twin" if "members_twin" in sides else "members"
 
 
 def check_invariants(scores: dict[str, Any]) -> None:
@@ -27,7 +32,7 @@ def check_invariants(scores: dict[str, Any]) -> None:
             _check_band(band, scores, f"bands.{mode}.{level}")
         if mode in ("cumulative", "calibrated"):
             for wider, narrower in pairwise(LEVELS):
-                for name in SIDES:
+                for name in _sides(scores):
                     for key in ("ams", "ums", "pairs"):
                         outer, inner = bands[wider][name][key], bands[narrower][name][key]
                         if outer is not None and inner is not None and inner > outer:
@@ -35,7 +40,7 @@ def check_invariants(scores: dict[str, Any]) -> None:
                                 f"bands.{mode}: {key} of {name} is higher in {narrower} "
                                 f"({inner}) than in {wider} ({outer})"
                             )
-    for name in SIDES:
+    for name in _sides(scores):
         for key, points in scores["curve"][name].items():
             curve = [point for point in points if point is not None]
             if points[: len(curve)] != curve:
@@ -44,8 +49,12 @@ def check_invariants(scores: dict[str, Any]) -> None:
                 raise MembenchError(f"curve.{name}.{key} is not monotone or not a rate")
 
 
+def _sides(scores: dict[str, Any]) -> list[str]:
+    return [name for name in REFERENCES if f"n_{name}" in scores]
+
+
 def _check_band(band: dict[str, Any], scores: dict[str, Any], path: str) -> None:
-    for name in SIDES:
+    for name in _sides(scores):
         side = band[name]
         ams, unique = side["ams"], side["unique"]
         if ams is not None and not 0 <= ams <= 1:
@@ -54,16 +63,17 @@ def _check_band(band: dict[str, Any], scores: dict[str, Any], path: str) -> None
             raise MembenchError(f"{path}.{name}.unique is {unique}: more than references or pairs")
         if unique is not None and not math.isclose(unique, side["ums"] * scores["n_images"]):
             raise MembenchError(f"{path}.{name}.ums is not unique / n_images")
-    for part in (*SIDES, "excess"):
+    for part in (*_sides(scores), "excess"):
         for key in ("ams", "ums"):
             value, interval = band[part][key], band[part][f"{key}_interval"]
             if value is None:
                 continue
             if not interval[0] - 1e-12 <= value <= interval[1] + 1e-12:
                 raise MembenchError(f"{path}.{part}.{key} = {value} is outside {interval}")
-            excess = band["members"][key] - band["heldout"][key]
-            if part == "excess" and not math.isclose(value, excess, abs_tol=1e-12):
-                raise MembenchError(f"{path}.excess.{key} is not members - heldout")
+            if part == "excess":
+                excess = band[equal_side(band)][key] - band["heldout"][key]
+                if not math.isclose(value, excess, abs_tol=1e-12):
+                    raise MembenchError(f"{path}.excess.{key} is not members - heldout")
 
 
 def _numbers(value: Any, path: str) -> Iterator[tuple[str, float]]:

@@ -7,7 +7,7 @@ Layout of the result, JSON-able, the same for one guidance scale and for the mea
      "metric_versions": {metric: version},
      "bands": {mode: {"low" | "mid" | "high": {
          "lower", "upper", "reason": why something below is None,
-         "members", "heldout": {"ams", "ams_interval", "ums", "ums_interval", "unique", "pairs"},
+         SIDE: {"ams", "ams_interval", "ums", "ums_interval", "unique", "pairs"},
          "excess": {"ams", "ams_interval", "ums", "ums_interval"}}}},
      "l2_ratio": {"members", "members_interval", "heldout", "heldout_interval",
                   "excess", "excess_interval"},
@@ -16,9 +16,11 @@ Layout of the result, JSON-able, the same for one guidance scale and for the mea
      "percentiles": {"members" | "heldout" | "excess": {"50": ..}},
      "curve": {"threshold": [..], "members" | "heldout": {"ams": [..], "ums": [..]}}}
 
-n_images is per guidance scale. excess = members - heldout: the same images against D_train and
-against equally many images that nobody trained on. Lower nL2 is nearer: where its `top_percent`,
-`mean` and percentiles show extraction, their excess is negative; that of SSCD is positive.
+SIDE is "members", "heldout" and, where fewer images are held out than there are members,
+"members_twin": as many members as are held out. n_images is per guidance scale.
+excess = members (or members_twin) - heldout: the same images against D_train and against equally
+many images that nobody trained on. Lower nL2 is nearer: where its `top_percent`, `mean` and
+percentiles show extraction, their excess is negative; that of SSCD is positive.
 Thresholds of the curve go from the strictest on; its UMS is None where not every pair is known.
 """
 
@@ -38,7 +40,7 @@ from membench.metrics import image, intervals
 from membench.metrics.calibration import Calibration
 from membench.metrics.catalogue import METRIC_VERSIONS
 from membench.metrics.image import Match
-from membench.metrics.invariants import SIDES, check_invariants
+from membench.metrics.invariants import check_invariants, equal_side
 from membench.similarity.matches import Matches
 from membench.similarity.measures import Band, Measure, Mode, Scores
 
@@ -116,13 +118,15 @@ def _scores(
     if not scales:
         raise MembenchError("there are no guidance scales to average")
     shapes = {
-        (len(m), m.n_members, m.n_heldout, m.scores().shape[1], m.measure.name, m.flips)
+        (len(m), *(m.side(s).n for s in m.sides), m.scores().shape[1], m.measure.name, m.flips)
         for m in scales
     }
     if len(shapes) > 1:
         raise MembenchError("guidance scales differ in images, references or neighbours")
-    n_images, n_members, n_heldout, n_neighbours, _, flips = shapes.pop()
-    measure = scales[0].measure
+    names, measure, n_images = scales[0].sides, scales[0].measure, len(scales[0])
+    if "heldout" not in names:
+        raise MembenchError("matches without a held-out reference have no scores")
+    n_members = scales[0].n_members
     if isinstance(calibration, dict):
         calibration = Calibration.from_dict(calibration)
     if calibration is not None and calibration.n_members != n_members:
@@ -141,17 +145,16 @@ def _scores(
         level: t.reason for level, t in (calibration.thresholds if calibration else {}).items()
     }
 
-    sides = {name: [_Side.of(m, name) for m in scales] for name in SIDES}
+    sides = {name: [_Side.of(m, name) for m in scales] for name in names}
     thresholds = [t for t in measure.curve if _on_curve(t, scales, match)]
     result: dict[str, Any] = {
         "measure": measure.name,
         "n_images": n_images,
         "n_scales": len(scales),
-        "n_members": n_members,
-        "n_heldout": n_heldout,
-        "n_neighbours": n_neighbours,
-        "near_duplicates": {name: scales[0].side(name).near_duplicates for name in SIDES},
-        "flips": flips,
+        **{f"n_{name}": scales[0].side(name).n for name in names},
+        "n_neighbours": scales[0].scores().shape[1],
+        "near_duplicates": {name: scales[0].side(name).near_duplicates for name in names},
+        "flips": scales[0].flips,
         "match": match,
         "confidence": intervals.CONFIDENCE,
         "metric_versions": dict(METRIC_VERSIONS),
@@ -172,7 +175,7 @@ def _scores(
         "percentile_95": _single(_of_best(sides, {"": image.percentile_95})),
         "mean": _single(_of_best(sides, {"": lambda far: float(far.mean())})),
         "curve": {"threshold": list(measure.curve)}
-        | {name: _curve(sides[name], match, thresholds) for name in SIDES},
+        | {name: _curve(sides[name], match, thresholds) for name in names},
     }
     check_invariants(result)
     return result
@@ -188,9 +191,10 @@ def _of_best(
             key: float(measure.far(_mean([function(s.far) for s in sides[name]]))) + 0.0
             for key, function in functions.items()
         }
-        for name in SIDES
+        for name in sides
     }
-    found["excess"] = {key: found["members"][key] - found["heldout"][key] for key in functions}
+    against = found[equal_side(sides)]
+    found["excess"] = {key: against[key] - found["heldout"][key] for key in functions}
     return found
 
 
@@ -201,7 +205,7 @@ def _single(found: dict[str, dict[str, float]]) -> dict[str, float]:
 def _on_curve(threshold: float, scales: Sequence[Matches], match: Match) -> bool:
     """Whether the UMS at a threshold can be told: every pair that near is known."""
     band = scales[0].measure.up_to(threshold)
-    return match == "best" or all(m.covers(band, name) for m in scales for name in SIDES)
+    return match == "best" or all(m.covers(band, name) for m in scales for name in m.sides)
 
 
 @dataclass(frozen=True)
@@ -299,9 +303,10 @@ def _band(
     """Both sides of one band and their excess."""
     if band is None:
         rates: dict[str, Any] = dict.fromkeys(("ams", "ams_interval", "ums", "ums_interval"))
-        empty = {name: {**rates, "unique": None, "pairs": None} for name in SIDES}
+        empty = {name: {**rates, "unique": None, "pairs": None} for name in sides}
         return {"lower": None, "upper": None, "reason": reason, **empty, "excess": rates}
-    members, heldout = (_Counted.count(sides[name], band, match) for name in SIDES)
+    counted = {name: _Counted.count(sides[name], band, match) for name in sides}
+    members, heldout = counted[equal_side(sides)], counted["heldout"]
     n_images = members.hits.shape[1]
     excess: dict[str, Any] = {
         "ams": float(members.hits.mean()) - float(heldout.hits.mean()),
@@ -322,23 +327,20 @@ def _band(
         "lower": band.lower,
         "upper": band.upper,
         "reason": why or None,
-        "members": members.scores(),
-        "heldout": heldout.scores(),
+        **{name: found.scores() for name, found in counted.items()},
         "excess": excess,
     }
 
 
 def _l2_ratio(sides: dict[str, list[_Side]]) -> dict[str, Any]:
-    keys = [*SIDES, "excess"]
-    ratios = {name: [s.ratio for s in sides[name] if s.ratio is not None] for name in SIDES}
+    keys = [*sides, "excess"]
+    ratios = {name: [s.ratio for s in sides[name] if s.ratio is not None] for name in sides}
     if not all(ratios.values()):
         return dict.fromkeys([*keys, *(f"{key}_interval" for key in keys)])
-    members, heldout = (np.array(ratios[name]) for name in SIDES)
-    return {
-        "members": float(members.mean()),
-        "members_interval": _rate_interval(members),
-        "heldout": float(heldout.mean()),
-        "heldout_interval": _rate_interval(heldout),
+    members, heldout = (np.array(ratios[name]) for name in (equal_side(sides), "heldout"))
+    found: dict[str, Any] = {name: float(np.mean(hits)) for name, hits in ratios.items()}
+    found |= {f"{name}_interval": _rate_interval(np.array(hits)) for name, hits in ratios.items()}
+    return found | {
         "excess": float(members.mean()) - float(heldout.mean()),
         "excess_interval": _excess_interval(members, heldout),
     }

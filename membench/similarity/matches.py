@@ -24,7 +24,7 @@ from membench.similarity.ranges import tally_nearest_side, within
 from membench.similarity.search import Neighbours, nearest
 
 _FORMAT = 2
-SIDES = ("members", "heldout")
+SIDES = ("members", "heldout", "members_twin")
 MAX_PAIRS = 1 << 24
 """Pairs beyond the listed neighbours that are kept; more are counted in a streaming pass."""
 
@@ -99,6 +99,10 @@ class Side:
 class Matches:
     """The nearest references of Q images: members and, their twin, as many held-out images.
 
+    heldout: None for matches that need none (real held-out images against the members).
+    members_twin: where fewer images are held out than there are members, as many members as the
+    twin has, to stand against it; None where the twin is as large.
+
     **Every pair of a band is known.** For normalised L2 and any threshold t < 2, every pair with
     nL2 <= t is among the n listed, so that nothing need be stored a second time:
 
@@ -116,18 +120,23 @@ class Matches:
     """
 
     members: Side
-    heldout: Side
+    heldout: Side | None
     measure: Measure = NL2
     flips: bool = False
+    members_twin: Side | None = None
 
     def __post_init__(self) -> None:
-        for name in SIDES:
-            if not isinstance(getattr(self, name), Side):
-                raise MembenchError(f"{name} must be a Side")
-        if len(self.members.listed.index) != len(self.heldout.listed.index):
+        for name in self.sides:
+            if len(self.side(name).listed.index) != len(self):
+                raise MembenchError(
+                    f"members and {name} neighbours are of {len(self)} and "
+                    f"{len(self.side(name).listed.index)} images; they must be the same images"
+                )
+        against = self.members_twin or self.members
+        if self.heldout is not None and against.n != self.heldout.n:
             raise MembenchError(
-                f"members and held-out neighbours are of {len(self.members.listed.index)} and "
-                f"{len(self.heldout.listed.index)} images; they must be the same images"
+                f"the held-out reference must have as many images as there are members: "
+                f"{self.heldout.n} and {against.n}"
             )
 
     @classmethod
@@ -146,13 +155,18 @@ class Matches:
 
     @property
     def n_heldout(self) -> int:
-        return self.heldout.n
+        return 0 if self.heldout is None else self.heldout.n
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Names of the sides that are there."""
+        return tuple(name for name in SIDES if getattr(self, name) is not None)
 
     def side(self, name: str) -> Side:
-        """`members` or `heldout`; raises MembenchError for another name."""
-        if name not in SIDES:
-            raise MembenchError(f"side must be 'members' or 'heldout', not {name!r}")
-        side: Side = getattr(self, name)
+        """A side by its name; raises MembenchError for one that is not there."""
+        side: Side | None = getattr(self, name, None) if name in SIDES else None
+        if side is None:
+            raise MembenchError(f"side must be one of {', '.join(self.sides)}, not {name!r}")
         return side
 
     def covers(self, band: Band, side: str = "members") -> bool:
@@ -209,7 +223,7 @@ class Matches:
             "measure": self.measure.name,
             "flips": self.flips,
         }
-        for name in SIDES:
+        for name in self.sides:
             found = self.side(name)
             contents |= {
                 f"{name}_n": found.n,
@@ -244,9 +258,12 @@ class Matches:
                 raise ValueError(f"format {content.get('format', '?')}, expected {_FORMAT}")
             return cls(
                 members=_side(content, "members"),
-                heldout=_side(content, "heldout"),
+                heldout=_side(content, "heldout") if "heldout_n" in content else None,
                 measure=MEASURES[str(content["measure"])],
                 flips=bool(content["flips"]),
+                members_twin=_side(content, "members_twin")
+                if "members_twin_n" in content
+                else None,
             )
         except FileNotFoundError:
             raise MembenchError(f"{path}: no such matches file; run the cell again") from None
@@ -309,10 +326,11 @@ class Reference:
 def match(
     images: NDArray[Any],
     members: NDArray[Any] | Reference,
-    heldout_reference: NDArray[Any] | Reference,
+    heldout_reference: NDArray[Any] | Reference | None,
     k: int = 50,
     progress: Callable[[int], None] | None = None,
     *,
+    members_twin: NDArray[Any] | Reference | None = None,
     measure: Measure = NL2,
     mirrored: NDArray[Any] | None = None,
     widest: float | None = None,
@@ -322,31 +340,42 @@ def match(
 ) -> Matches:
     """The nearest members of `images` [Q, ...] and, against a reference of equal size, their twin.
 
+    heldout_reference: None to look at the members only. members_twin: as many members as are held
+    out, where those are fewer than the members.
     images, references: images or, for SSCD, unit descriptors; arrays or memory maps (`nearest`).
     mirrored: the same of the mirrored images, [Q, ...]: the nearer of the two counts.
     widest: the score down to which every pair is kept (SSCD; normalised L2 needs none).
     bands: whose pairs are counted exactly where they are too many to keep.
     progress: called with the pairs just compared; they add up to 2 Q N (4 Q N if mirrored), plus
     those of a second pass where one is needed.
-    Raises MembenchError unless both references have the same size: a false-match rate against a
-    smaller reference would flatter the method.
+    Raises MembenchError unless twins have the same size: a false-match rate against a smaller
+    reference would flatter the method.
     """
-    references = [
-        given if isinstance(given, Reference) else Reference(given)
-        for given in (members, heldout_reference)
-    ]
-    if len(references[0]) != len(references[1]):
+    given = {"members": members, "heldout": heldout_reference, "members_twin": members_twin}
+    references = {
+        name: rows if isinstance(rows, Reference) else Reference(rows)
+        for name, rows in given.items()
+        if rows is not None
+    }
+    sizes = {name: len(reference) for name, reference in references.items()}
+    if "heldout" in sizes and sizes["heldout"] != sizes.get("members_twin", sizes["members"]):
         raise MembenchError(
             f"the held-out reference must have as many images as there are members: "
-            f"{len(references[1])} and {len(references[0])}"
+            f"{sizes['heldout']} and {sizes.get('members_twin', sizes['members'])}"
         )
     queries = [images] if mirrored is None else [images, mirrored]
     options: dict[str, Any] = {"memory_bytes": memory_bytes, "progress": progress}
-    sides = [
-        _match(queries, reference, k, measure, widest, bands, max_pairs, options)
-        for reference in references
-    ]
-    return Matches(sides[0], sides[1], measure, mirrored is not None)
+    sides = {
+        name: _match(queries, reference, k, measure, widest, bands, max_pairs, options)
+        for name, reference in references.items()
+    }
+    return Matches(
+        sides["members"],
+        sides.get("heldout"),
+        measure,
+        mirrored is not None,
+        sides.get("members_twin"),
+    )
 
 
 def _match(
@@ -399,7 +428,7 @@ def _reaches(
     band: Band, measure: Measure, complete: float, listed: Neighbours, compared: NDArray[Any]
 ) -> bool:
     side = Side(listed, len(compared), len(compared), complete=complete)
-    return Matches(side, side, measure).covers(band)
+    return Matches(side, None, measure).covers(band)
 
 
 def _beyond(
