@@ -18,6 +18,7 @@ from membench.experiments.cli import experiment_app
 
 if TYPE_CHECKING:
     from membench.registry import Registry
+    from membench.specs import DataCard, Similarity
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -397,10 +398,161 @@ def verify(
 
     Example: `membench verify results/runs/fashion_mini/ddpm/side_c-seed0-1234567890ab`
     """
-    from membench.verify import verify as check
+    from membench.verify import verify_any
 
-    found = check(record)
+    found = verify_any(record)
     print(f"{record}: every number recomputed, all equal (id {found['id'][:12]})")
+
+
+@app.command()
+def calibrate(
+    dataset: Annotated[str, typer.Option(help="Data set; see `membench list datasets`.")],
+    vary: Annotated[
+        str,
+        typer.Option(help="What else to try: any of the default's words, or nothing at all."),
+    ] = "flips,members,resolution,preprocessing,duplicates",
+    unseen: Annotated[
+        bool, typer.Option("--unseen", help="Score auxiliary images too, not only held-out ones.")
+    ] = False,
+    descriptor: Annotated[
+        str | None, typer.Option(help="SSCD by this descriptor [default: the card's]")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Its preprocessing.")] = None,
+    input_size: Annotated[
+        int | None, typer.Option(help="Its input, in the preset's place.")
+    ] = None,
+    descriptor_weights: DescriptorWeights = None,
+    device: Device = "auto",
+    results: Results = Path("results"),
+    data: Data = None,
+    plugins: Plugins = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score real images that nobody trained on: what chance alone reaches, and what moves it.
+
+    Writes the false-match rate of every fixed band, thresholds at 5, 1 and 0.2 % with intervals,
+    and how they change with mirroring, members, resolution and preprocessing.
+
+    Example: `membench calibrate --dataset fashion_mini`
+    """
+    from rich.console import Console
+
+    from membench.console import Stages
+
+    registry = _registry(plugins, data)
+    card = registry.card(dataset)
+    similarity = _similarity(card, descriptor, preset, input_size)
+    from membench import calibrating
+    from membench.report.variations import report
+    from membench.run import resolve_device
+
+    console = Console(stderr=as_json)
+    found = calibrating.prepare(
+        registry,
+        results,
+        Stages(console, quiet=as_json),
+        dataset=dataset,
+        similarity=similarity,
+        vary=[word.strip() for word in vary.split(",") if word.strip()],
+        everything_unseen=unseen,
+        device=resolve_device(device),
+        descriptor_weights=descriptor_weights,
+    )
+    with _resumable():
+        record = calibrating.run(found)
+    if as_json:
+        print(json.dumps(record, indent=1))
+    else:
+        console.print(report(record))
+        print(f"record  {found.folder / calibrating.RECORD}")
+        print(f"picture {found.folder / calibrating.FIGURE}")
+
+
+def _similarity(
+    card: DataCard, descriptor: str | None, preset: str | None, input_size: int | None
+) -> Similarity | None:
+    """The card's similarity with another descriptor; None if nothing is asked for."""
+    if descriptor is None and preset is None and input_size is None:
+        return None
+    from pydantic import ValidationError
+
+    from membench.specs import DescriptorChoice, Similarity, explain
+
+    own = card.similarity.descriptor
+    if descriptor is None and own is None:
+        raise MembenchError("--preset, --input-size: name a --descriptor, this data set has none")
+    choice = {} if own is None or descriptor is not None else own.model_dump()
+    if preset is not None or input_size is not None:
+        choice |= {"preset": preset, "input_size": input_size}
+    if descriptor is not None:
+        choice["name"] = descriptor
+    fields = card.similarity.model_dump() | {"name": "sscd", "descriptor": choice}
+    if card.similarity.name != "sscd":
+        fields["band_modes"] = ()
+    try:
+        DescriptorChoice.model_validate(choice)
+        return Similarity.model_validate(fields)
+    except ValidationError as error:
+        raise MembenchError(f"--descriptor: {explain(error)}") from None
+
+
+@app.command()
+def score(
+    images: Annotated[Path, typer.Option(help="Folder, zip, npz, npy or parquet file of images.")],
+    dataset: Annotated[str, typer.Option(help="Data set whose members they may copy.")],
+    name: Annotated[
+        str | None, typer.Option(help="What to call them [default: the path's]")
+    ] = None,
+    resize: Annotated[
+        bool, typer.Option("--resize", help="Bring them to the data set's size and mode.")
+    ] = False,
+    descriptor: Annotated[
+        str | None, typer.Option(help="SSCD by this descriptor [default: the card's similarity]")
+    ] = None,
+    descriptor_weights: DescriptorWeights = None,
+    device: Device = "auto",
+    results: Results = Path("results"),
+    data: Data = None,
+    plugins: Plugins = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score images that some other tool made: AMS, UMS and all the rest, without a target.
+
+    Example: `membench score --images samples/ --dataset fashion_mini`
+    """
+    from rich.console import Console
+
+    from membench.console import Stages
+
+    registry = _registry(plugins, data)
+    card = registry.card(dataset)
+    from membench import external
+    from membench.record import RECORD, SHEET
+    from membench.report import table
+    from membench.run import resolve_device
+
+    console = Console(stderr=as_json)
+    found = external.prepare(
+        registry,
+        results,
+        Stages(console, quiet=as_json),
+        images=images,
+        dataset=dataset,
+        name=name,
+        resize=resize,
+        similarity=_similarity(card, descriptor, None, None),
+        device=resolve_device(device),
+        descriptor_weights=descriptor_weights,
+    )
+    with _resumable():
+        record = external.run(found)
+    if as_json:
+        print(json.dumps(record, indent=1))
+    else:
+        console.print(table.report(record))
+        print(f"record  {found.folder / RECORD}")
+        if (found.folder / SHEET).is_file():
+            print(f"picture {found.folder / SHEET}")
 
 
 @app.command()
@@ -525,10 +677,10 @@ def leaderboard_add(
     Example: `membench leaderboard add results/runs/fashion_mini/*/*`
     """
     from membench.report.leaderboard import add
-    from membench.verify import verify as check
+    from membench.verify import verify_any
 
     for path in records:
-        print(add(check(path), folder))
+        print(add(verify_any(path), folder))
 
 
 @board_app.command("build")

@@ -7,8 +7,6 @@ was made from in `values.npz` and a figure beside it.
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,7 +17,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from membench import __version__, overlap
+from membench import overlap
 from membench.allocator import keep_freed_memory
 from membench.data.imageset import Dataset, load_dataset
 from membench.diffusion import likelihood
@@ -32,6 +30,7 @@ from membench.metrics import divergence
 from membench.metrics.catalogue import MODEL_METRIC_VERSIONS
 from membench.metrics.divergence import Floats
 from membench.overlap import SIDES, DivergenceSpec, Side, Values
+from membench.provenance import provenance
 from membench.record import seal
 from membench.registry import Registry
 from membench.report.divergence import draw_divergence
@@ -268,16 +267,7 @@ def run(cell: Cell) -> dict[str, Any]:
             "unet_calls": sum(stage.work.unet_calls for stage in stages),
             "seconds": round(sum(stage.work.seconds for stage in stages), 3),
         }
-        record["provenance"] = {
-            "membench": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": cell.lab.device,
-            "started": started.isoformat(timespec="seconds"),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        record["provenance"] = provenance(started, cell.lab.device)
         figure = draw_divergence(record)
         replace_atomically(folder / FIGURE, lambda path: path.write_text(figure, "utf-8"))
         write_json(folder / RECORD, record)

@@ -161,7 +161,8 @@ class Matcher:
     ) -> Artifact[Matches]:
         card, similarity = self.dataset.card, self.similarity
         is_null = source.get("split") == "heldout"
-        facts = self.facts()
+        # near-duplicates are counted for a score; a null needs them only to leave them out
+        facts = None if is_null and not similarity.dedup_reference else self.facts()
         features = _Features(self, source)
         null = None if is_null or similarity.name == "nl2" else self.null()
         identity = described | {
@@ -182,14 +183,14 @@ class Matcher:
             identity["distinct_labels"] = similarity.distinct_labels
 
         def make(folder: Path, work: Work) -> None:
-            known = self.store.get(facts)
+            known = None if facts is None else self.store.get(facts)
             names = ["members"] if is_null else ["members", "heldout"]
             if self.dataset.twin_is_smaller and not is_null:
                 names.append("members_twin")
             references = {name: self._reference(name, known, features) for name in names}
             images = features.queries(queries, mirrored=False)
             mirrored = features.queries(queries, mirrored=True) if similarity.flips else None
-            widest, bands = self._edges(null, known) if not is_null else (None, [])
+            widest, bands = (None, []) if is_null or known is None else self._edges(null, known)
             pairs = len(images) * sum(map(len, references.values())) * (1 + similarity.flips)
             with self.progress(title, pairs, "pairs") as advance:
                 found = match(
@@ -206,7 +207,8 @@ class Matcher:
                 )
             found.save(folder / MATCHES)
 
-        needs = (*inputs, facts, *features.inputs, *(() if null is None else (null,)))
+        also = tuple(artifact for artifact in (facts, null) if artifact is not None)
+        needs = (*inputs, *features.inputs, *also)
         return Artifact(
             "matches", title, identity, make, lambda folder: Matches.load(folder / MATCHES), needs
         )
@@ -230,8 +232,10 @@ class Matcher:
             return None, [b for b in bands if b.upper is not None and b.upper >= 2]
         return min(b.lower for b in bands if b.lower is not None), bands
 
-    def _reference(self, name: str, facts: Facts, features: _Features) -> Reference:
+    def _reference(self, name: str, facts: Facts | None, features: _Features) -> Reference:
         rows = features.reference(name)
+        if facts is None:
+            return Reference(rows)
         rmse = facts.twin_rmse if name == "heldout" else facts.members_rmse[: len(rows)]
         duplicates = int((rmse <= self.similarity.near_duplicate_rmse).sum())
         if not self.similarity.dedup_reference:

@@ -10,8 +10,8 @@ from membench.errors import MembenchError
 from membench.files import read_json
 from membench.hashing import content_hash
 
-SCHEMA = 2
-"""Version of the record's layout."""
+SCHEMA, CALIBRATION_SCHEMA = 2, 1
+"""Versions of the layouts of a run's record and of a calibration's."""
 RECORD, SHEET, NULL = "record.json", "contact_sheet.png", "matches-heldout.npz"
 PARTS = ("identity", "calibration", "null", "scores", "per_image", "attack", "files")
 UNSEALED = ("results_sha256", "cost", "provenance")
@@ -41,6 +41,26 @@ def read_record(path: Path) -> dict[str, Any]:
     for part in PARTS:
         if not isinstance(record[part], dict):
             raise MembenchError(f"{path}: {part} is not an object")
+    if record["id"] != content_hash(record["identity"]):
+        raise MembenchError(f"{path}: id is not the hash of identity: the record was edited")
+    if record["results_sha256"] != seal(record):
+        raise MembenchError(f"{path}: results_sha256 is not the hash of the results: edited")
+    return record
+
+
+def read_calibration(path: Path) -> dict[str, Any]:
+    """A calibration record whose frame is sound; a `MembenchError` names what was edited."""
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("kind") != "calibration":
+        raise MembenchError(f"{path}: not a calibration of membench")
+    if record.get("schema") != CALIBRATION_SCHEMA:
+        raise MembenchError(
+            f"{path}: schema {record.get('schema')!r}, this membench reads {CALIBRATION_SCHEMA}; "
+            "calibrate again"
+        )
+    for part in ("id", "identity", "results", "files", "results_sha256", "provenance"):
+        if part not in record:
+            raise MembenchError(f"{path}: no {part!r}: not a whole calibration")
     if record["id"] != content_hash(record["identity"]):
         raise MembenchError(f"{path}: id is not the hash of identity: the record was edited")
     if record["results_sha256"] != seal(record):

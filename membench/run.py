@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import resource
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +14,6 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from membench import __version__
 from membench.allocator import keep_freed_memory
 from membench.data.imageset import Dataset, load_dataset
 from membench.diffusion.sampler import ddim_times
@@ -30,6 +26,7 @@ from membench.lab import IMAGES, Generated, Lab, Progress, Surrogate
 from membench.matching import FACTS, MATCHES, Facts
 from membench.metrics import METRIC_VERSIONS
 from membench.plugins import Method
+from membench.provenance import provenance
 from membench.record import NULL, RECORD, SCHEMA, SHEET, seal
 from membench.registry import Registry, unknown
 from membench.report import table
@@ -282,7 +279,9 @@ def run(cell: Cell) -> dict[str, Any]:
         record["results_sha256"] = seal(record)
         needed = {stage.key for stage in cell.plan()}
         record["cost"] = _cost([s for s in store.stages.values() if s.key in needed])
-        record["provenance"] = _provenance(cell, started)
+        record["provenance"] = provenance(
+            started, cell.spec.device, method_source_sha256=cell.method.source_sha256
+        )
         if cell.card.show_images:
             contact_sheet(
                 folder / SHEET,
@@ -336,44 +335,3 @@ def _cost(stages: list[Stage]) -> dict[str, Any]:
         "seconds": round(sum(s.work.seconds for s in stages), 3),
         "peak_memory_bytes": peak * (1 if sys.platform == "darwin" else 1024),
     }
-
-
-def _provenance(cell: Cell, started: datetime) -> dict[str, Any]:
-    return {
-        "membench": __version__,
-        "git": _git(),
-        "method_source_sha256": cell.method.source_sha256,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": f"{platform.system()} {platform.machine()}, {_processor()}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": cell.spec.device,
-        "started": started.isoformat(timespec="seconds"),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "unknown processor")
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit and dirty flag of the checkout this code runs from; None for an installed package."""
-    here = Path(__file__).parent
-
-    def ask(*arguments: str) -> str:
-        command = ["git", "-C", str(here), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        if Path(ask("rev-parse", "--show-toplevel")) != here.parent:
-            return None
-        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from membench.errors import MembenchError
+from membench.files import read_json
 from membench.hashing import file_hash
 from membench.matching import FACTS, Facts
 from membench.metrics import METRIC_VERSIONS
@@ -18,8 +19,34 @@ from membench.similarity.matches import Matches
 from membench.specs import Similarity, explain
 
 
+def verify_any(path: Path) -> dict[str, Any]:
+    """Check a record of any kind (its JSON file or its folder) and return it.
+
+    Runs and scored images by `verify`, calibrations and divergences by their own modules. Raises
+    `MembenchError` naming the first thing that differs, or what a folder lacks.
+    """
+    from membench import calibrating, diverge
+
+    kinds = {
+        RECORD: verify,
+        calibrating.RECORD: calibrating.verify_calibration,
+        diverge.RECORD: diverge.verify_divergence,
+    }
+    if path.is_dir():
+        names = [name for name in kinds if (path / name).is_file()]
+        if not names:
+            raise MembenchError(f"{path}: no {' or '.join(kinds)} in it")
+        path = path / names[0]
+    kind = read_json(path).get("kind") if path.is_file() else None
+    by_kind = {
+        "calibration": calibrating.verify_calibration,
+        "divergence": diverge.verify_divergence,
+    }
+    return by_kind.get(str(kind), verify)(path)
+
+
 def verify(path: Path) -> dict[str, Any]:
-    """Check a record (its JSON file or its folder) and return it.
+    """Check the record of a run (its JSON file or its folder) and return it.
 
     The id must be the hash of the identity, every file must have its hash, and calibration and
     scores, computed again from the matches, must be equal to the last bit. Raises `MembenchError`
@@ -34,13 +61,8 @@ def verify(path: Path) -> dict[str, Any]:
     return record
 
 
-def _verify(path: Path, record: dict[str, Any]) -> None:
-    versions = record["identity"]["metrics"]
-    if versions != dict(METRIC_VERSIONS):
-        raise MembenchError(
-            f"{path}: made with metric versions {versions}, this membench has "
-            f"{dict(METRIC_VERSIONS)}; use the membench that made it, or run again"
-        )
+def check_files(path: Path, record: dict[str, Any]) -> None:
+    """Whether every file that a record names lies beside it, unchanged."""
     folder = path.parent
     for name, expected in record["files"].items():
         file = folder / name
@@ -50,6 +72,17 @@ def _verify(path: Path, record: dict[str, Any]) -> None:
             raise MembenchError(f"{file}: missing; {path.name} names it, keep them in one folder")
         if file_hash(file) != expected:
             raise MembenchError(f"{file}: truncated or changed: its SHA-256 is not the record's")
+
+
+def _verify(path: Path, record: dict[str, Any]) -> None:
+    versions = record["identity"]["metrics"]
+    if versions != dict(METRIC_VERSIONS):
+        raise MembenchError(
+            f"{path}: made with metric versions {versions}, this membench has "
+            f"{dict(METRIC_VERSIONS)}; use the membench that made it, or run again"
+        )
+    folder = path.parent
+    check_files(path, record)
     identity = record["identity"]
     try:
         similarity = Similarity.model_validate(identity["similarity"])
@@ -69,10 +102,10 @@ def _verify(path: Path, record: dict[str, Any]) -> None:
     if len(keep) != len(null):
         raise MembenchError(f"{folder / FACTS}: {len(keep)} held-out images, not {len(null)}")
     calibration = calibrate_from(null, keep, similarity)
-    _compare(path, "calibration", record["calibration"], calibration.to_dict())
-    _compare(path, "null", record["null"], null_facts(null, keep, similarity))
-    _compare(path, "scores", record["scores"], score_all(matches, calibration, similarity))
-    _compare(path, "per_image", record["per_image"], per_image(matches, calibration, similarity))
+    compare(path, "calibration", record["calibration"], calibration.to_dict())
+    compare(path, "null", record["null"], null_facts(null, keep, similarity))
+    compare(path, "scores", record["scores"], score_all(matches, calibration, similarity))
+    compare(path, "per_image", record["per_image"], per_image(matches, calibration, similarity))
 
 
 def _named(path: Path, record: dict[str, Any]) -> Path:
@@ -82,7 +115,8 @@ def _named(path: Path, record: dict[str, Any]) -> Path:
     return path
 
 
-def _compare(path: Path, where: str, saved: Any, computed: Any) -> None:
+def compare(path: Path, where: str, saved: Any, computed: Any) -> None:
+    """Raises `MembenchError` naming the first leaf in which two JSON values differ."""
     for field, old, new in differences(where, saved, computed):
         raise MembenchError(f"{path}: {field} is {old!r}, recomputed {new!r}")
 

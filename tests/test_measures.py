@@ -206,7 +206,7 @@ def test_a_smaller_twin_stands_against_as_many_members(tmp_path):
     result = score(Matches.load(tmp_path / "m.npz"), modes=("cumulative",))
     high = result["bands"]["cumulative"]["high"]
     assert (result["n_members"], result["n_members_twin"], result["n_heldout"]) == (90, 60, 60)
-    assert high["members"]["ams"] == 1 and high["members"]["unique"] == 3
+    assert high["members"]["ams"] == 1 and high["members"]["unique"] >= 3
     exact = score(match(images, members[:60], heldout), modes=("cumulative",))
     alone = exact["bands"]["cumulative"]["high"]
     assert high["excess"] == alone["excess"] and high["members_twin"] == alone["members"]

@@ -24,7 +24,7 @@ from membench.lab import Progress
 from membench.metrics.divergence import paired_gap
 from membench.overlap import SIDES
 from membench.registry import Registry
-from membench.report.figures import _COLOURS, HELDOUT, LINE, MEMBER, new_pyplot, svg
+from membench.report.figures import COLOURS, HELDOUT, LINE, MEMBER, new_pyplot, svg
 from membench.run import prepare, run
 
 NAME = "theorem"
@@ -251,7 +251,7 @@ def _draw(rows: Sequence[dict[str, Any]], models: Sequence[str]) -> str:
         errors = [2 * row["gap_error"] for row in chosen]
         axes[1].errorbar(
             x, [row["gap"] for row in chosen], errors, fmt=style, ms=5,
-            color=_COLOURS[k + 1], label=kind,
+            color=COLOURS[k + 1], label=kind,
         )  # fmt: skip
     for side, colour in (("members", MEMBER), ("heldout", HELDOUT)):
         chosen = [

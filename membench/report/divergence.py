@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from membench.report.figures import HELDOUT, LINE, MEMBER, _short, new_pyplot, svg
+from membench.report.figures import HELDOUT, LINE, MEMBER, new_pyplot, short, svg
 
 _EXPLAINED = {
     "memorization_divergence": "KL(q_e || p), nats: lower is nearer to the set",
@@ -101,7 +101,7 @@ def draw_divergence(record: Mapping[str, Any]) -> str:
     axes[1].errorbar(widths, values, errors, fmt="o-", ms=4, color=MEMBER)
     axes[1].axhline(0, color=HELDOUT, lw=0.8)
     name = f"{identity['target']['name']} by {identity['divergence']['estimator']}"
-    axes[0].set_title(f"{_short(name)}: KL(q_e || p), nats", loc="left")
+    axes[0].set_title(f"{short(name)}: KL(q_e || p), nats", loc="left")
     axes[1].set_title("held-out − members (± 2 errors)", loc="left")
     axes[0].legend(frameon=False)
     for axis in axes:

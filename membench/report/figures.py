@@ -11,7 +11,7 @@ from membench.report.records import Estimate, Row, Section
 from membench.report.table import BANDS, MAIN_BAND, symbol
 
 MEMBER, HELDOUT, LINE = "#0b62a4", "#8a8f96", "#c9ced4"
-_COLOURS = ("#4d4d4d", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+COLOURS = ("#4d4d4d", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _CURVE_POINTS = 60
 _SIDES = {"members": "members", "heldout": "held-out (false matches)"}
 _DOTS = (("members", MEMBER, MEMBER, -0.12), ("heldout", HELDOUT, "white", 0.12))
@@ -105,9 +105,9 @@ def draw_methods(panels: list[dict[str, Any]]) -> str:
                 if interval:
                     axis.plot(interval, [y + shift] * 2, color=colour, lw=1.8)
                 axis.plot([value], [y + shift], "o", ms=6.5, color=colour, mfc=face, mew=1.6)
-        axis.set_yticks(range(len(rows)), [_short(row["label"]) for row in rows])
+        axis.set_yticks(range(len(rows)), [short(row["label"]) for row in rows])
         axis.set_ylim(len(rows) - 0.5, -0.5)
-        axis.set_title(_short(panel["title"]), loc="left", fontweight="bold")
+        axis.set_title(short(panel["title"]), loc="left", fontweight="bold")
         axis.grid(axis="x", color=LINE, lw=0.6)
         axis.tick_params(length=0)
     axes[-1, 0].set_xlim(left=min(0.0, axes[-1, 0].get_xlim()[0]))
@@ -132,18 +132,18 @@ def draw_curves(panels: list[dict[str, Any]]) -> str:
     colours: dict[str, str] = {}
     for axis, panel in zip(axes[0], panels, strict=True):
         for curve in panel["curves"]:
-            colour = colours.setdefault(curve["label"], _COLOURS[len(colours) % len(_COLOURS)])
+            colour = colours.setdefault(curve["label"], COLOURS[len(colours) % len(COLOURS)])
             for side, style in (("members", "-"), ("heldout", "--")):
                 ams = [100 * v for v in curve[side]]
                 axis.plot(curve["threshold"], ams, style, color=colour, lw=1.4)
         for threshold in panel["bands"]:
             axis.axvline(threshold, color=HELDOUT, lw=0.8, ls=":")
-        axis.set_title(_short(panel["title"]), loc="left", fontweight="bold")
+        axis.set_title(short(panel["title"]), loc="left", fontweight="bold")
         axis.set_xlabel(f"threshold of {panel['symbol']}")
         axis.grid(color=LINE, lw=0.6)
         axis.set_ylim(-2, 102)
     axes[0, 0].set_ylabel("AMS, % of generated images")
-    lines = [plt.Line2D([], [], color=c, label=_short(name)) for name, c in colours.items()]
+    lines = [plt.Line2D([], [], color=c, label=short(name)) for name, c in colours.items()]
     styles = [
         plt.Line2D([], [], color="black", ls=style, label=_SIDES[side])
         for side, style in (("members", "-"), ("heldout", "--"))
@@ -162,7 +162,7 @@ def draw_training(curve: Sequence[dict[str, float]], title: str) -> str:
     figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9), layout="constrained")
     steps = [point["step"] for point in curve]
     axes[0].plot(steps, [point["loss"] for point in curve], ".-", color=MEMBER)
-    axes[0].set_title(f"{_short(title)}: training loss", loc="left")
+    axes[0].set_title(f"{short(title)}: training loss", loc="left")
     for axis, key, factor, text in (
         (axes[1], "rmse", 1, "RMSE to the nearest image, median"),
         (axes[2], "l2_ratio", 100, "d1/d2 < 1/3, % of samples"),
@@ -179,7 +179,7 @@ def draw_training(curve: Sequence[dict[str, float]], title: str) -> str:
     return svg(figure, [])
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
     clean = "".join(c if c.isprintable() else " " for c in text)
     return clean if len(clean) <= 40 else clean[:39] + "…"
 
