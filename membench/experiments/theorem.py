@@ -190,8 +190,8 @@ def _reading(rows: Sequence[dict[str, Any]], found: Sequence[_Found]) -> list[st
             lines.append(
                 f"{item.model}, {item.measure}, e = {epsilon:g}: divergence of members "
                 f"{change['value']:+.1f} ± {change['standard_error']:.1f} nats against the "
-                f"unconditional model ({_word(change['value'], change['standard_error'], 'lower')},"
-                f" the theorem says lower: negative), gap {wider:+.1f} ± {error:.1f} "
+                f"unconditional model (negative: nearer to its members; "
+                f"{_word(change['value'], change['standard_error'], 'lower')}), gap {wider:+.1f} ± {error:.1f} "
                 f"({_word(-wider, error, 'wider')})"
             )
     for metric in ("AMS", "UMS"):

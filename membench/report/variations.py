@@ -75,7 +75,7 @@ def sentence(record: Record) -> str:
 
 
 def report(record: Record) -> RenderableType:
-    """The table that ends `membench calibrate`."""
+    """The table that ends `membench calibrate`; intervals are in the record and on the board."""
     identity = record["identity"]
     found = Table(
         title=f"Real held-out images of {identity['dataset']['name']} against its members",
@@ -88,7 +88,8 @@ def report(record: Record) -> RenderableType:
         if result["group"] != group:
             found.add_section()
             group = result["group"]
-        found.add_row(*map(escape, row))
+        plain = (cell.partition(" [")[0] for cell in row[1:])  # intervals: the record has them
+        found.add_row(escape(row[0]), *plain)
     return Group(found, Text(), Text(sentence(record), style="bold"))
 
 
