@@ -175,7 +175,7 @@ def _outcome(
     exclusive: list[NDArray[np.float64]] = []
     for record in sorted(row.records, key=lambda r: r["identity"]["seed"]):
         read = _packed if mode == headline else _recounted
-        parts = read(record, folders[id(record)], mode, level, chosen)
+        parts = read(record, folders.get(id(record), Path()), mode, level, chosen)
         if parts is None:
             return None
         for side in SIDES:
@@ -254,3 +254,25 @@ def _differences(first: _Outcome, second: _Outcome) -> dict[str, Difference]:
     unique = [a - b for a, b in zip(first.unique, second.unique, strict=True)]
     exclusive = [a - b for a, b in zip(first.exclusive, second.exclusive, strict=True)]
     return found | {"ums": unique_difference(unique, exclusive, images // len(unique))}
+
+
+def excess_against(rows: Sequence[Row], best: str, level: str) -> dict[str, Difference] | None:
+    """The excess AMS of `best` minus that of every other row, paired, in a headline band.
+
+    Corrected together (`holm`). None where the rows cannot be paired: not the same seeds, no hits
+    by image in the records, or a band without a threshold.
+    """
+    headline = rows[0].records[0]["identity"].get("similarity", {}).get("band_modes", [None])[0]
+    if headline is None or not all(r.get("per_image") for row in rows for r in row.records):
+        return None
+    if any(sorted(row.seeds) != sorted(rows[0].seeds) for row in rows):
+        return None
+    outcomes = {row.label: _outcome(row, headline, level, None, {}, headline) for row in rows}
+    if any(outcome is None for outcome in outcomes.values()):
+        return None
+    pairs = {
+        label: _differences(outcomes[best], outcome)["excess"]  # type: ignore[arg-type]
+        for label, outcome in outcomes.items()
+        if label != best and outcome is not None
+    }
+    return dict(zip(pairs, holm(list(pairs.values())), strict=True))

@@ -260,7 +260,7 @@ def test_board_says_who_cannot_be_told_apart(boards: Path) -> None:
     ddpm, early = (boards / "toy.md").read_text().split("## Target `ddpm_early`")
     verdict = ddpm.split("### Calibrated mid band")[1].split("| method")[0]
     assert "Highest: **side_c**." in verdict
-    assert "Not distinguishable from it, their intervals overlap: **side_a**." in verdict
+    assert "Not distinguishable from it (their intervals overlap): **side_a**." in verdict
     assert "random" not in verdict
     assert "No method shows extraction here" in early
 

@@ -191,8 +191,8 @@ def _reading(rows: Sequence[dict[str, Any]], found: Sequence[_Found]) -> list[st
                 f"{item.model}, {item.measure}, e = {epsilon:g}: divergence of members "
                 f"{change['value']:+.1f} ± {change['standard_error']:.1f} nats against the "
                 f"unconditional model (negative: nearer to its members; "
-                f"{_word(change['value'], change['standard_error'], 'lower')}), gap {wider:+.1f} ± {error:.1f} "
-                f"({_word(-wider, error, 'wider')})"
+                f"{_word(change['value'], change['standard_error'], 'lower')}), "
+                f"gap {wider:+.1f} ± {error:.1f} ({_word(-wider, error, 'wider')})"
             )
     for metric in ("AMS", "UMS"):
         counted = [row for row in rows if row["measure"] == metric]
@@ -259,7 +259,8 @@ def _draw(rows: Sequence[dict[str, Any]], models: Sequence[str]) -> str:
         ]
         errors = [200 * (row[f"{side}_error"] or 0) for row in chosen]
         values = [100 * row[side] for row in chosen]
-        axes[2].errorbar(places, values, errors, fmt="o", ms=5, color=colour, label=side)
+        label = side.replace("heldout", "held-out")
+        axes[2].errorbar(places, values, errors, fmt="o", ms=5, color=colour, label=label)
     titles = (
         f"KL(q_e || p), nats, e = {min(EPSILONS):g}",
         "held-out − members (± 2 errors)",
@@ -270,5 +271,7 @@ def _draw(rows: Sequence[dict[str, Any]], models: Sequence[str]) -> str:
         axis.set_xticks(places, models)
         axis.set_xlim(-0.5, len(models) - 0.5)
         axis.grid(axis="y", color=LINE, lw=0.6)
-        axis.legend(frameon=False, fontsize=7)
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(low, 0), high + 0.3 * (high - low))  # room for the legend
+        axis.legend(frameon=False, fontsize=7, loc="upper left", ncols=2)
     return svg(figure, [dict(row) for row in rows])

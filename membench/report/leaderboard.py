@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from membench.compare import excess_against
 from membench.errors import MembenchError
 from membench.files import write_json, writing
 from membench.hashing import canonical_json
@@ -323,12 +324,20 @@ def _verdict(rows: Sequence[Row], band: str) -> str:
     nothing = [name for name, e in known.items() if e.interval is not None and e.interval[0] <= 0]
     if len(nothing) == len(known):
         return "No method shows extraction here: every interval of the excess reaches zero."
-    tied = [name for name in known if name != best and known[name].overlaps(known[best])]
+    paired = excess_against(rows, best, band)
+    if paired is None:
+        tied = [name for name in known if name != best and known[name].overlaps(known[best])]
+        how = "their intervals overlap"
+        apart = "No other interval overlaps its own."
+    else:
+        tied = [name for name in known if name in paired and not paired[name].distinguishable]
+        how = "same seeds compared image by image, p above 0.05 after Holm's correction"
+        apart = "All others are lower: same seeds compared image by image, Holm's correction."
     text = f"Highest: {_names([best])}."
     if tied:
-        text += f" Not distinguishable from it, their intervals overlap: {_names(tied)}."
+        text += f" Not distinguishable from it ({how}): {_names(tied)}."
     elif len(known) > 1:
-        text += " No other interval overlaps its own."
+        text += f" {apart}"
     if nothing:
         text += f" No extraction shown, the interval reaches zero: {_names(nothing)}."
     return text
