@@ -106,7 +106,7 @@ def markdown(record: Record) -> list[str]:
     cells = [[escaped(cell) for cell in row] for row in rows(record)]
     return [
         "## What chance gives, and what moves it",
-        f"{escaped(sentence(record))} Similarity: {how}. Rates in percent with 95 % intervals; "
+        f"{sentence(record)} Similarity: {how}. Rates in percent with 95 % intervals; "
         "thresholds are the scores that 5, 1 and 0.2 % of the images reach.",
         table([escaped(header) for header in headers(record)], cells),
     ]
