@@ -101,8 +101,13 @@ class Cell:
         name = f"{self.method.name}-seed{self.spec.seed}-{self.id[:12]}"
         return self.lab.store.root / "runs" / self.card.name / target / name
 
+    @property
+    def artifacts(self) -> list[Artifact[Any]]:
+        """What a record is made of, besides what goes into these."""
+        return [self.facts, self.null, *self.matches.values()]
+
     def plan(self) -> list[Stage]:
-        return self.lab.store.plan([self.facts, self.null, *self.matches.values()])
+        return self.lab.store.plan(self.artifacts)
 
 
 def resolve_device(name: str) -> str:
@@ -277,8 +282,7 @@ def run(cell: Cell) -> dict[str, Any]:
         }
         record = json.loads(canonical_json(record))  # as it will be read: lists, no tuples
         record["results_sha256"] = seal(record)
-        needed = {stage.key for stage in cell.plan()}
-        record["cost"] = _cost([s for s in store.stages.values() if s.key in needed])
+        record["cost"] = _cost(store.bill(cell.artifacts))
         record["provenance"] = provenance(
             started, cell.spec.device, method_source_sha256=cell.method.source_sha256
         )

@@ -140,16 +140,39 @@ class Store:
 
     def plan(self, artifacts: list[Artifact[Any]]) -> list[Stage]:
         """What `get` would do for these and their inputs, inputs first, each once."""
-        seen: dict[str, Stage] = {}
+        return [
+            Stage(artifact.title, artifact.key, self.has(artifact), artifact.planned)
+            for artifact in _with_inputs(artifacts)
+        ]
 
-        def visit(artifact: Artifact[Any]) -> None:
-            if artifact.key in seen:
-                return
-            for item in artifact.inputs:
-                visit(item)
-            cached = self.has(artifact)
-            seen[artifact.key] = Stage(artifact.title, artifact.key, cached, artifact.planned)
+    def bill(self, artifacts: list[Artifact[Any]]) -> list[Stage]:
+        """What these, which are there, and their inputs cost when they were made, each once.
 
-        for artifact in artifacts:
-            visit(artifact)
-        return list(seen.values())
+        Inputs that were not read, since what was made of them was there, are on it too: a run
+        costs the same whichever run came first.
+        """
+        found = []
+        for artifact in _with_inputs(artifacts):
+            stage = self.stages.get(artifact.key)
+            if stage is None and self.has(artifact):
+                work = Work(**read_json(self.folder(artifact) / MANIFEST)["work"])
+                stage = Stage(artifact.title, artifact.key, True, work)
+            if stage is not None:
+                found.append(stage)
+        return found
+
+
+def _with_inputs(artifacts: list[Artifact[Any]]) -> list[Artifact[Any]]:
+    """Artifacts and all that goes into them, inputs first, each once."""
+    seen: dict[str, Artifact[Any]] = {}
+
+    def visit(artifact: Artifact[Any]) -> None:
+        if artifact.key in seen:
+            return
+        for item in artifact.inputs:
+            visit(item)
+        seen[artifact.key] = artifact
+
+    for artifact in artifacts:
+        visit(artifact)
+    return list(seen.values())

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -212,3 +213,14 @@ def test_reading_json(tmp_path: Path, content: bytes | None, message: str) -> No
     with pytest.raises(MembenchError, match=message) as error:
         read_json(path)
     assert str(path) in str(error.value)
+
+
+def test_the_bill_holds_inputs_that_were_not_read(tmp_path: Path) -> None:
+    """What was made by an earlier run costs what it cost, also if only its product is read now."""
+    product = replace(number(2), inputs=(number(1),))
+    Store(tmp_path).get(product)
+    later = Store(tmp_path)
+    later.get(product)
+    bill = later.bill([product])
+    assert [stage.stage for stage in bill] == ["number 1", "number 2"]
+    assert all(stage.cached and stage.work.unet_calls == 7 for stage in bill)
