@@ -142,7 +142,8 @@ def prepare(
     found = [Variation("as the card says", "", base)]
     for group in GROUPS:
         if group in vary:
-            found += _variations(group, base)
+            known = {variation.null.key for variation in found}
+            found += [v for v in _variations(group, base) if v.null.key not in known]
     return Calibrating(tuple(found), base.facts(), store, device)
 
 

@@ -228,7 +228,7 @@ def test_the_command_as_a_user_types_it(command: Command, tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         ("run --method sidec --dataset fashion_mini", "did you mean 'side_c'"),
-        ("run --method side_c --dataset celeba", "no data set named 'celeba'"),
+        ("run --method side_c --dataset celebb", "no data set named 'celebb'"),
         ("run --method side_c --dataset fashion_mini --target ddmp", "did you mean 'ddpm'"),
         ("run --method random --dataset fashion_mini --target oracle:2", "oracle:RATE"),
         ("run --method random --dataset fashion_mini --device cuda:99", "--device cuda:99"),

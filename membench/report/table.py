@@ -212,5 +212,8 @@ def report(record: Record) -> RenderableType:
         members = with_interval(ratio["members"], ratio.get("members_interval"))
         lines += f"\nd1/d2 < 1/3: {members} % of images, false {percent(ratio['heldout'])} %"
     lines = "\n".join([lines, *attack_lines(record)])
-    parts += [Text(lines, style="dim"), cost_table(record), Text(reading(record), style="bold")]
+    parts += [Text(lines, style="dim")]
+    if record["cost"]["stages"]:
+        parts.append(cost_table(record))
+    parts.append(Text(reading(record), style="bold"))
     return Group(*(part for item in parts for part in (item, Text())))
