@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -75,3 +76,43 @@ def test_what_it_says_of_classifiers_is_the_boards() -> None:
         if line.startswith(("| side", "| ol_ti")):
             limit = 8 if "ol_ti" in line else 4
             assert all(float(cell) <= limit for cell in cells(line)[2:]), line
+
+
+def test_divergences_are_the_records() -> None:
+    text = (ROOT / "README.md").read_text()
+    table = text.split("| estimator | `ddpm`: members")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == 3
+    for line in table:
+        estimator, *values = cells(line)
+        for number, target in enumerate(("ddpm", "ddpm_early")):
+            name = f"{target}-{estimator.split()[0]}.json"
+            record = json.loads((ROOT / "leaderboards/divergence/fashion_mini" / name).read_text())
+            (row,) = (r for r in record["results"]["epsilons"] if r["epsilon"] == 0.1)
+            for side, value in zip(
+                ("members", "heldout", "gap"), values[3 * number :], strict=False
+            ):
+                found = row["memorization_divergence"][side]
+                assert value == f"{found['value']:.1f} ± {found['standard_error']:.1f}", line
+
+
+def test_experiments_are_their_tables() -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    folder = ROOT / "leaderboards" / "experiments" / "fashion_mini"
+    theorem = json.loads((folder / "theorem.json").read_text())["rows"]
+    ams = [row for row in theorem if row["measure"] == "AMS"]
+    found = ["{:.1f}".format(100 * row["members"]) for row in ams]
+    assert "{}, {} and {} % of plain samples".format(*found) in text
+    heldout = ["{:.1f}".format(100 * row["heldout"]) for row in ams]
+    assert "(held-out {}, {}, {} %)".format(*heldout) in text
+    for kind in ("elbo of p(x | y)", "pf_ode of p(x | y)"):
+        gaps = [
+            row["gap"] for row in theorem if row["measure"] in (kind, kind.replace("x | y", "x"))
+        ]
+        assert gaps[0] < gaps[2], "the gap grows"
+    unique = json.loads((folder / "unique.json").read_text())["reading"]
+    assert "measured within the exact band at 38 of 39 sizes" in unique
+    assert any(line.endswith("-18.3 %") for line in unique)
+    fits = json.loads((folder / "classes.json").read_text())["reading"]
+    assert any(
+        line.startswith("AMS calibrated mid") and "correlation -0.1" in line for line in fits
+    )
