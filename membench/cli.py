@@ -53,6 +53,13 @@ DescriptorWeights = Annotated[
     Path | None,
     typer.Option("--descriptor-weights", help="File of a descriptor that needs one (SSCD)."),
 ]
+Flips = Annotated[
+    bool, typer.Option("--flips", help="Compare every image mirrored too, whichever is nearer.")
+]
+Dedup = Annotated[
+    bool,
+    typer.Option("--dedup-reference", help="Of members that are near-duplicates keep the first."),
+]
 Boards = Annotated[Path, typer.Option("--dir", help="Folder of the boards and their records/.")]
 
 
@@ -168,6 +175,8 @@ def run(
     attack_seed: Annotated[
         int, typer.Option(help="Seed of synthetic set, classifiers and clusters.")
     ] = 0,
+    flips: Flips = False,
+    dedup_reference: Dedup = False,
     device: Device = "auto",
     descriptor_weights: DescriptorWeights = None,
     results: Results = Path("results"),
@@ -189,7 +198,8 @@ def run(
     from membench.console import Stages
 
     registry = _registry(plugins, data)
-    registry.method(method), registry.card(dataset)  # a wrong name answers before torch is loaded
+    registry.method(method)  # a wrong name answers before torch is loaded
+    similarity = _similarity(registry.card(dataset), flips=flips, dedup_reference=dedup_reference)
     scales, changes = _scales(guidance_scale), _settings(settings)
     from membench import run as engine
     from membench.record import RECORD, SHEET
@@ -213,6 +223,7 @@ def run(
         attack_seed=attack_seed,
         device=device,
         descriptor_weights=descriptor_weights,
+        similarity=similarity,
     )
     if dry_run:
         stages = [{"stage": s.stage, "cached": s.cached} | vars(s.work) for s in cell.plan()]
@@ -278,6 +289,7 @@ def diverge(
     seed: Annotated[int, typer.Option(help="Seed of images, noise, probes and samples.")] = 0,
     device: Device = "auto",
     results: Results = Path("results"),
+    data: Data = None,
     plugins: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
@@ -291,7 +303,7 @@ def diverge(
 
     from membench.console import Stages
 
-    registry = _registry(plugins)
+    registry = _registry(plugins, data)
     registry.card(dataset)  # a wrong name answers before torch is loaded
     try:
         widths = tuple(float(part) for part in epsilon.split(","))
@@ -421,6 +433,8 @@ def calibrate(
     input_size: Annotated[
         int | None, typer.Option(help="Its input, in the preset's place.")
     ] = None,
+    flips: Flips = False,
+    dedup_reference: Dedup = False,
     descriptor_weights: DescriptorWeights = None,
     device: Device = "auto",
     results: Results = Path("results"),
@@ -441,7 +455,7 @@ def calibrate(
 
     registry = _registry(plugins, data)
     card = registry.card(dataset)
-    similarity = _similarity(card, descriptor, preset, input_size)
+    similarity = _similarity(card, descriptor, preset, input_size, flips, dedup_reference)
     from membench import calibrating
     from membench.report.variations import report
     from membench.run import resolve_device
@@ -469,28 +483,37 @@ def calibrate(
 
 
 def _similarity(
-    card: DataCard, descriptor: str | None, preset: str | None, input_size: int | None
+    card: DataCard,
+    descriptor: str | None = None,
+    preset: str | None = None,
+    input_size: int | None = None,
+    flips: bool = False,
+    dedup_reference: bool = False,
 ) -> Similarity | None:
-    """The card's similarity with another descriptor; None if nothing is asked for."""
-    if descriptor is None and preset is None and input_size is None:
+    """The card's similarity with what was asked for changed; None if nothing was."""
+    changes = [descriptor, preset, input_size, flips or None, dedup_reference or None]
+    if all(change is None for change in changes):
         return None
     from pydantic import ValidationError
 
-    from membench.specs import DescriptorChoice, Similarity, explain
+    from membench.specs import Similarity, explain
 
+    fields = card.similarity.model_dump()
+    fields["flips"] |= flips
+    fields["dedup_reference"] |= dedup_reference
     own = card.similarity.descriptor
-    if descriptor is None and own is None:
+    if descriptor is None and own is None and (preset is not None or input_size is not None):
         raise MembenchError("--preset, --input-size: name a --descriptor, this data set has none")
-    choice = {} if own is None or descriptor is not None else own.model_dump()
-    if preset is not None or input_size is not None:
-        choice |= {"preset": preset, "input_size": input_size}
-    if descriptor is not None:
-        choice["name"] = descriptor
-    fields = card.similarity.model_dump() | {"name": "sscd", "descriptor": choice}
-    if card.similarity.name != "sscd":
-        fields["band_modes"] = ()
+    if descriptor is not None or (own is not None and (preset or input_size)):
+        choice = {} if own is None or descriptor is not None else own.model_dump()
+        if preset is not None or input_size is not None:
+            choice |= {"preset": preset, "input_size": input_size}
+        if descriptor is not None:
+            choice["name"] = descriptor
+        fields |= {"name": "sscd", "descriptor": choice}
+        if card.similarity.name != "sscd":
+            fields["band_modes"] = ()
     try:
-        DescriptorChoice.model_validate(choice)
         return Similarity.model_validate(fields)
     except ValidationError as error:
         raise MembenchError(f"--descriptor: {explain(error)}") from None
@@ -509,6 +532,8 @@ def score(
     descriptor: Annotated[
         str | None, typer.Option(help="SSCD by this descriptor [default: the card's similarity]")
     ] = None,
+    flips: Flips = False,
+    dedup_reference: Dedup = False,
     descriptor_weights: DescriptorWeights = None,
     device: Device = "auto",
     results: Results = Path("results"),
@@ -540,7 +565,7 @@ def score(
         dataset=dataset,
         name=name,
         resize=resize,
-        similarity=_similarity(card, descriptor, None, None),
+        similarity=_similarity(card, descriptor, flips=flips, dedup_reference=dedup_reference),
         device=resolve_device(device),
         descriptor_weights=descriptor_weights,
     )
@@ -596,6 +621,7 @@ def extracted(
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the whole table there.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Images to print.")] = 10,
+    data: Data = None,
     plugins: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
@@ -608,7 +634,7 @@ def extracted(
     from membench.extraction import extraction, write_csv
     from membench.report.comparison import extraction as shown
 
-    found = extraction(_registry(plugins), record, mode=band_mode, band=band)
+    found = extraction(_registry(plugins, data), record, mode=band_mode, band=band)
     if csv is not None:
         write_csv(csv, found["images"])
     if as_json:

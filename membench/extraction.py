@@ -72,11 +72,10 @@ def _dataset(registry: Registry, named: Mapping[str, Any]) -> Dataset | None:
     """The record's data set, if it is here and the same; else the table does without labels."""
     try:
         card = registry.card(named["name"])
-        if card.splits.identity() != named["splits"]:
-            return None
-        return load_dataset(card, registry.data_folder(card.name))
+        data = load_dataset(card, registry.data_folder(card.name))
     except MembenchError:
         return None
+    return data if data.card.splits.identity() == named["splits"] else None
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -160,7 +160,7 @@ def test_the_command(command: Command, tmp_path: Path) -> None:
         (("--vary", "colour"), "--vary colour: expected one of flips, members"),
         (("--preset", "official_320"), "name a --descriptor"),
         (("--descriptor", "sscd_onx"), "did you mean"),
-        (("--descriptor", "pixels", "--preset", "x"), "--descriptor: preset"),
+        (("--descriptor", "pixels", "--preset", "x"), "--descriptor: descriptor.preset"),
     ):
         failed = command("calibrate", *options, *arguments, check=False)
         assert failed.returncode == 2 and message in failed.stderr, failed.stderr
@@ -251,3 +251,13 @@ def test_score_takes_archives_and_names_what_is_wrong(
         failed = command("score", "--images", str(path), *options, check=False)
         assert failed.returncode == 2 and message in failed.stderr, failed.stderr
         assert failed.stderr.count("\n") == 1
+
+
+def test_run_can_compare_mirrored_and_deduplicated(command: Command, tmp_path: Path) -> None:
+    options = "run --method random --dataset fashion_mini --target oracle:1 --images 16 --steps 5"
+    plain = json.loads(command(*options.split(), "--json").stdout)
+    other = json.loads(command(*options.split(), "--flips", "--dedup-reference", "--json").stdout)
+    assert (plain["scores"]["average"]["flips"], other["scores"]["average"]["flips"]) == (0, 1)
+    assert plain["id"] != other["id"]
+    assert "another similarity than the card's" in other["limited_by"]
+    assert other["scores"]["average"]["near_duplicates"]["members"] == 0

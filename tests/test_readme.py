@@ -116,3 +116,33 @@ def test_experiments_are_their_tables() -> None:
     assert any(
         line.startswith("AMS calibrated mid") and "correlation -0.1" in line for line in fits
     )
+
+
+def test_what_chance_gives_is_the_calibrations() -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for name in ("fashion_mini", "cifar10", "lfw"):
+        path = ROOT / "leaderboards" / "calibrations" / f"{name}.json"
+        results = {r["name"]: r for r in json.loads(path.read_text())["results"]}
+        first = results["as the card says"]
+        rates = [f"{100 * rate:.1f}" for rate in rates_of(first)]
+        counted = f"{first['calibration']['n_heldout']:,} of `{name}`"
+        (line,) = (part for part in text.split("| ") if part.startswith(counted))
+        after = text[text.index(line) :][:250]
+        assert " / ".join(rates) + " %" in after, (name, rates)
+        if name == "cifar10":
+            quarter, small = (
+                f"{100 * rates_of(results[key])[2]:.1f} %"
+                for key in ("12,500 members", "8 x 8 pixels")
+            )
+            assert f"holds {quarter} instead of {rates[2]} %, at 8 x 8 pixels {small}" in text
+        if name == "lfw":
+            mids = [100 * rates_of(results[f"input {n} x {n}"])[1] for n in (224, 128)]
+            assert (
+                "holds {:.1f} % at an input of 224 pixels and {:.1f} % at 128".format(*mids) in text
+            )
+
+
+def rates_of(result: dict) -> list[float]:
+    """False-match rates of the papers' low, mid and high band."""
+    (bands,) = result["null"]["bands"].values()
+    return [bands[level]["rate"] for level in ("low", "mid", "high")]

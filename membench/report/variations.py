@@ -81,15 +81,17 @@ def report(record: Record) -> RenderableType:
         title=f"Real held-out images of {identity['dataset']['name']} against its members",
         title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False,
     )  # fmt: skip
-    for number, header in enumerate(headers(record)):
-        found.add_column(header, justify="left" if not number else "right")
+    names = headers(record)
+    kept = [number for number, name in enumerate(names) if name not in ("images", "members")]
+    for number in kept:
+        found.add_column(names[number], justify="right" if number else "left", no_wrap=not number)
     group = ""
     for result, row in zip(record["results"], rows(record), strict=True):
         if result["group"] != group:
             found.add_section()
             group = result["group"]
-        plain = (cell.partition(" [")[0] for cell in row[1:])  # intervals: the record has them
-        found.add_row(escape(row[0]), *plain)
+        plain = [cell.partition(" [")[0] for cell in row]  # intervals: the record has them
+        found.add_row(*(escape(plain[number]) for number in kept))
     return Group(found, Text(), Text(sentence(record), style="bold"))
 
 
