@@ -300,6 +300,7 @@ def summarise(
     found[0]["near_duplicates"] = {
         "heldout_of_members": int((facts.heldout_rmse <= limit).sum()),
         "heldout": len(facts.heldout_rmse),
+        "nearest_rmse": float(facts.heldout_rmse.min()),
         "members": int((facts.members_rmse <= limit).sum()),
         "shared_labels": int((~keep).sum() - (facts.heldout_rmse <= limit).sum()),
     }
