@@ -134,6 +134,8 @@ def test_what_chance_gives_is_the_calibrations() -> None:
                 f"{100 * rates_of(results[key])[2]:.1f} %"
                 for key in ("12,500 members", "8 x 8 pixels")
             )
+            nearest = first["near_duplicates"]["nearest_rmse"]
+            assert f"lies nearer than {nearest:.3f} to a training image" in text
             assert f"holds {quarter} instead of {rates[2]} %, at 8 x 8 pixels {small}" in text
         if name == "lfw":
             mids = [100 * rates_of(results[f"input {n} x {n}"])[1] for n in (224, 128)]
