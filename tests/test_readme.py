@@ -142,6 +142,8 @@ def test_what_chance_gives_is_the_calibrations() -> None:
             assert (
                 "holds {:.1f} % at an input of 224 pixels and {:.1f} % at 128".format(*mids) in text
             )
+            for preset in ("official_288", "dcr_224", "amg_224"):
+                assert f"{100 * rates_of(results[preset])[1]:.1f} % (`{preset}`)" in text
 
 
 def rates_of(result: dict) -> list[float]:
