@@ -44,7 +44,7 @@ def descriptors_artifact(
 
     images: gives uint8 [N, H, W, C] when they are needed; source: their identity, if they are no
     artifact among `inputs`; of: what the images are, for people. float16 moves a score by up to
-    about 5e-4 (`tests/test_descriptors.py`).
+    2^-10 (`tests/test_descriptors.py`); on 59 million pairs of real faces by 1.4e-4.
     """
     title = f"{choice.name} of {of}{', flipped' if flipped else ''}"
 
