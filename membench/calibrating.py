@@ -67,7 +67,7 @@ class Variation:
         return {
             "name": self.name,
             "group": self.group,
-            "similarity": self.matcher.similarity.identity(),
+            **self.matcher.identity(),
             "members": card.splits.members.count,
             "shape": list(card.images.shape),
             "null": self.null.key,
@@ -98,7 +98,7 @@ class Calibrating:
                 "revision": card.revision,
                 "splits": card.splits.identity(),
             },
-            "similarity": self.base.similarity.identity(),
+            **self.base.identity(),
             "variations": [variation.identity() for variation in self.variations],
             "metrics": dict(METRIC_VERSIONS),
         }

@@ -30,8 +30,8 @@ from membench.similarity.measures import LEVELS
 Record = Mapping[str, Any]
 METRICS = ("ams", "excess", "ums")
 _ALIKE = (
-    "dataset", "target", "similarity", "images_per_scale", "sampling", "label", "mitigation",
-    "compute", "metrics",
+    "dataset", "target", "similarity", "descriptor", "images_per_scale", "sampling", "label",
+    "mitigation", "compute", "metrics",
 )  # fmt: skip
 
 SIDES = ("members", "heldout")

@@ -90,6 +90,10 @@ class Describer:
     device: str = "cpu"
     weights: Path | None = None
 
+    def identity(self, choice: DescriptorChoice) -> dict[str, Any]:
+        """What pins the descriptor's scores, its weights' hash and preprocessing spelled out."""
+        return identity(self.registry.descriptor(choice.name), choice, self.device)
+
     def of_split(
         self, dataset: Dataset, split: str, choice: DescriptorChoice, flipped: bool = False
     ) -> Artifact[np.ndarray]:

@@ -25,6 +25,7 @@ from membench.record import NULL, RECORD, SCHEMA, SHEET, seal
 from membench.registry import Registry
 from membench.report import table
 from membench.report.contact_sheet import contact_sheet
+from membench.run import cost_of
 from membench.scoring import calibrate_from, null_facts, per_image, score_all
 from membench.specs import Resize, Similarity
 from membench.store import Store
@@ -62,7 +63,7 @@ class Scoring:
             "images_per_scale": len(self.images),
             "images_sha256": array_hash(self.images),
             "shape": list(card.images.shape),
-            "similarity": self.matcher.similarity.identity(),
+            **self.matcher.identity(),
             "metrics": dict(METRIC_VERSIONS),
         }
 
@@ -141,10 +142,7 @@ def run(scoring: Scoring) -> dict[str, Any]:
         }
         record = json.loads(canonical_json(record))
         record["results_sha256"] = seal(record)
-        record["cost"] = {
-            "stages": [], "unet_calls": 0, "classifier_calls": 0, "seconds": 0.0,
-            "peak_memory_bytes": 0,
-        }  # fmt: skip
+        record["cost"] = cost_of(store.bill([found, matcher.null(), matcher.facts()]))
         record["provenance"] = provenance(started, scoring.device)
         if matcher.dataset.card.show_images:
             contact_sheet(

@@ -87,6 +87,12 @@ class Matcher:
     def measure(self) -> Measure:
         return MEASURES[self.similarity.name]
 
+    def identity(self) -> dict[str, Any]:
+        """How images are compared, for a record: with the descriptor's weights and steps (SSCD)."""
+        choice = self.similarity.descriptor
+        found: dict[str, Any] = {"similarity": self.similarity.identity()}
+        return found if choice is None else found | {"descriptor": self.describer.identity(choice)}
+
     # -- the data set ---------------------------------------------------------------------------
 
     def facts(self) -> Artifact[Facts]:

@@ -83,7 +83,7 @@ class Cell:
             "label": spec["label"],
             "sampling": spec["sampling"],
             "shape": list(self.card.images.shape),
-            "similarity": self.similarity.identity(),
+            **self.lab.matcher.identity(),
             "attack": self.card.attack.identity(),
             "compute": self.lab.compute(),
             "metrics": dict(METRIC_VERSIONS),
@@ -282,7 +282,7 @@ def run(cell: Cell) -> dict[str, Any]:
         }
         record = json.loads(canonical_json(record))  # as it will be read: lists, no tuples
         record["results_sha256"] = seal(record)
-        record["cost"] = _cost(store.bill(cell.artifacts))
+        record["cost"] = cost_of(store.bill(cell.artifacts))
         record["provenance"] = provenance(
             started, cell.spec.device, method_source_sha256=cell.method.source_sha256
         )
@@ -328,7 +328,7 @@ def _attack(cell: Cell, generated: Mapping[float, Generated]) -> dict[str, Any]:
     return attack
 
 
-def _cost(stages: list[Stage]) -> dict[str, Any]:
+def cost_of(stages: list[Stage]) -> dict[str, Any]:
     """Model calls and seconds of every stage when it was made; `cached`: made by an earlier run."""
     lines = [{"stage": s.stage, "cached": s.cached} | vars(s.work) for s in stages]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -24,7 +24,7 @@ from membench.metrics.catalogue import DERIVED_VERSIONS
 from membench.metrics.extracted import in_band
 from membench.metrics.image import exclusive, hits, match_counts, matched
 from membench.metrics.richness import rarefied
-from membench.similarity import match, nearest, nl2
+from membench.similarity import SSCD, match, nearest, nl2
 
 PATH = Path(__file__).with_suffix(".json")
 
@@ -54,8 +54,24 @@ def compute():
         "score_best": score(scales[0], calibration, match="best", modes=modes),
         "average": average(scales, calibration, modes=modes),
         "rarefied_ums": [rarefied(counts, 60, n) / n for n in (1, 10, 30, 60)],
+        "sscd": sscd_scores(),
         "derived": {"versions": DERIVED_VERSIONS} | derived(scales, counts, len(members)),
     }
+
+
+def sscd_scores():
+    """The other similarity: unit descriptors, a third of them near a member's."""
+    rng = np.random.default_rng(20261125)
+    rows = rng.normal(size=(400, 16))
+    rows[:20] = rows[120:140] + 0.5 * rows[:20]
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    images, members, heldout, null = rows[:60], rows[120:220], rows[220:320], rows[320:]
+    bands = [band for mode in ("literal", "cumulative") for band in SSCD.bands(mode).values()]
+    found = match(images, members, heldout, 5, measure=SSCD, widest=0.4, bands=bands)
+    best = match(null, members, None, 5, measure=SSCD).scores()[:, 0]
+    calibration = calibrate(best, len(members), measure=SSCD)
+    modes = ("calibrated", "literal", "cumulative")
+    return {"calibration": calibration.to_dict(), "score": score(found, calibration, modes=modes)}
 
 
 def derived(scales, counts, n):

@@ -22,7 +22,7 @@ from membench.hashing import content_hash
 from membench.lab import Lab
 from membench.record import seal
 from membench.registry import Registry
-from membench.report import leaderboard, variations
+from membench.report import leaderboard, table, variations
 from membench.run import build_cell, run
 from membench.specs import DescriptorChoice, RunSpec, Similarity
 from membench.store import Store
@@ -193,6 +193,9 @@ def test_an_oracle_gives_its_rate_by_a_descriptor(
     assert (literal["lower"], literal["upper"]) == (0.6, 1.0)
     assert literal["members"]["ums"] is not None, "pairs of the widest band are all known"
     assert "another similarity than the card's" in record["limited_by"]
+    assert record["identity"]["descriptor"]["preprocessing"]["version"] == 1, (
+        "all that pins a score"
+    )
     verify_any(cell.folder)
 
 
@@ -222,6 +225,8 @@ def test_scored_images_have_known_scores(registry: Registry, folder: Path, tmp_p
     assert record["scores"]["average"]["l2_ratio"]["members"] == 30 / 64
     assert record["knn"]["epsilons"][0]["memorization_divergence"]["gap"]["value"] > 0
     assert record["id"] == content_hash(record["identity"]) and record["limited"]
+    assert any(line.startswith("knn divergence") for line in table.knn_lines(record))
+    assert [stage["stage"] for stage in record["cost"]["stages"]][-1] == "calibration"
     assert verify_any(found.folder)["id"] == record["id"]
     with pytest.raises(MembenchError, match="enters no board: images from elsewhere"):
         leaderboard.add(record, tmp_path)

@@ -17,7 +17,15 @@ from membench.record import read_record
 Record = Mapping[str, Any]
 
 SIDES = ("members", "heldout", "excess")
-_APART = ("dataset", "target", "similarity", "metrics", "images_per_scale", "mitigation")
+_APART = (
+    "dataset",
+    "target",
+    "similarity",
+    "descriptor",
+    "metrics",
+    "images_per_scale",
+    "mitigation",
+)
 _POOLED = ("seed", "attack_seed", "artifacts")
 
 

@@ -201,6 +201,22 @@ def attack_lines(record: Record) -> list[str]:
     return lines
 
 
+def knn_lines(record: Record) -> list[str]:
+    """Memorization divergence of scored images, members beside held-out, if it was estimated."""
+    found = record.get("knn")
+    if not found:
+        return []
+    parts = []
+    for row in found["epsilons"]:
+        sides = row["memorization_divergence"]
+        shown = (
+            f"{sides[side]['value']:.1f} ± {sides[side]['standard_error']:.1f}"
+            for side in ("members", "heldout", "gap")
+        )
+        parts.append("{} / {} / {} (e = {:g})".format(*shown, row["epsilon"]))
+    return ["knn divergence, nats, members / held-out / gap: " + ", ".join(parts)]
+
+
 def report(record: Record) -> RenderableType:
     """Everything that ends a run: tables, costs and the reading; for `Console.print`."""
     average = record["scores"]["average"]
@@ -211,7 +227,7 @@ def report(record: Record) -> RenderableType:
     if ratio.get("members") is not None:
         members = with_interval(ratio["members"], ratio.get("members_interval"))
         lines += f"\nd1/d2 < 1/3: {members} % of images, false {percent(ratio['heldout'])} %"
-    lines = "\n".join([lines, *attack_lines(record)])
+    lines = "\n".join([lines, *attack_lines(record), *knn_lines(record)])
     parts += [Text(lines, style="dim")]
     if record["cost"]["stages"]:
         parts.append(cost_table(record))
