@@ -68,7 +68,8 @@ def main() -> None:
     try:
         app()
     except MembenchError as error:
-        print(f"membench: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes that train, the first one
+            print(f"membench: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `membench list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -256,6 +257,17 @@ def _scales(text: str | None) -> tuple[float, ...] | None:
         ) from None
 
 
+def _whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise MembenchError(
+            f"{option} {text}: expected whole numbers parted by commas, as in 1000,5000"
+        ) from None
+
+
 def _settings(texts: list[str] | None) -> dict[str, str]:
     changes = {}
     for text in texts or ():
@@ -345,6 +357,14 @@ def train(
     dataset: Annotated[str, typer.Argument(help="Data set; see `membench list datasets`.")],
     target: Annotated[str, typer.Option(help="Target of the card whose recipe is followed.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16 [default: the recipe's, else float32]"),
+    ] = None,
+    snapshots: Annotated[
+        str | None,
+        typer.Option(help="Steps at which weights are kept, as in 1000,5000: targets NAME@STEP."),
+    ] = None,
     device: Device = "auto",
     results: Results = Path("results"),
     data: Data = None,
@@ -352,10 +372,13 @@ def train(
 ) -> None:
     """Train a target model by its card's recipe.
 
-    Writes weights, recipe, loss curve and memorised share over training (numbers and a picture)
+    Writes weights, recipe, losses and memorised share over training (numbers and a picture)
     to RESULTS/targets/DATASET/NAME; after a kill, `--resume` gives the same weights as without one.
 
     Example: `membench train fashion_mini --target ddpm`
+
+    On four GPUs: `accelerate launch --multi_gpu --num_processes 4 -m membench train celeba25k
+    --target ddpm --precision bfloat16`
     """
     registry = _registry(plugins, data)
     card = registry.card(dataset)
@@ -366,7 +389,16 @@ def train(
     from membench import training
 
     with _resumable():
-        training.train_target(registry, card, target, results, device=device, resume=resume)
+        training.train_target(
+            registry,
+            card,
+            target,
+            results,
+            device=device,
+            resume=resume,
+            precision=precision,
+            snapshots=_whole_numbers("--snapshots", snapshots),
+        )
 
 
 @app.command()

@@ -18,7 +18,7 @@ from membench.allocator import keep_freed_memory
 from membench.data.imageset import Dataset, load_dataset
 from membench.diffusion.sampler import ddim_times
 from membench.diffusion.targets import OracleTarget, Target, load_unet_target, parse_oracle
-from membench.diffusion.train import WEIGHTS
+from membench.diffusion.train import WEIGHTS, snapshot, snapshot_steps
 from membench.errors import MembenchError
 from membench.files import link_or_copy, locked, write_json, writing
 from membench.hashing import canonical_json, content_hash, file_hash
@@ -131,15 +131,27 @@ def resolve_target(
     """A target by name: `oracle:RATE`, or one of the card's.
 
     Weights of a card's target are the shipped ones if the card names them, else those that
-    `membench train` left in the results folder.
+    `membench train` left in the results folder; `NAME@STEP` is a snapshot of that training.
     """
     rate = parse_oracle(name)
     if rate is not None:
         return OracleTarget(dataset, rate, device=device)
-    if name not in card.targets:
-        raise unknown(f"target of {card.name}", name, [*card.targets, "oracle:RATE"])
-    recipe = card.targets[name]
-    if recipe.weights is not None:
+    plain, at, step = name.partition("@")
+    if plain not in card.targets:
+        known = [*card.targets, "oracle:RATE", "NAME@STEP"]
+        raise unknown(f"target of {card.name}", name, known)
+    recipe = card.targets[plain]
+    if at:
+        trained = results / "targets" / card.name / plain
+        weights = snapshot(trained, step)
+        if not (step.isdigit() and weights.is_file()):
+            kept = ", ".join(snapshot_steps(trained)) or "none"
+            raise MembenchError(
+                f"target {name!r} of {card.name}: no such snapshot, there are: {kept}; keep one: "
+                f"membench train {card.name} --target {plain} --snapshots STEP"
+            )
+        recipe = recipe.model_copy(update={"weights_sha256": None})
+    elif recipe.weights is not None:
         weights = registry.card_folder(card.name) / recipe.weights
     else:
         weights = results / "targets" / card.name / name / WEIGHTS

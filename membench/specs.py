@@ -267,7 +267,9 @@ class Training(Spec):
     """Recipe of a target: noise prediction with AdamW, linear decay after warm-up, and an EMA.
 
     `stop_at` ends the run early and leaves the learning-rate schedule as it is, so that the same
-    recipe stopped earlier is a snapshot of the longer run, bit for bit.
+    recipe stopped earlier is a snapshot of the longer run, bit for bit. precision: of the forward
+    and backward pass (weights, optimiser and EMA stay float32). snapshots: steps at which the EMA
+    weights are kept.
     """
 
     steps: int = Field(gt=0)
@@ -283,6 +285,15 @@ class Training(Spec):
     checkpoint_every: int = Field(default=250, gt=0)
     evaluate_every: int = Field(default=2000, gt=0)
     evaluate_images: int = Field(default=256, gt=0)
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    snapshots: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _snapshots_are_reached(self) -> Training:
+        for step in self.snapshots:
+            if not 0 < step <= self.last_step:
+                raise ValueError(f"snapshots: {step} is no step of 1 to {self.last_step}")
+        return self
 
     @property
     def last_step(self) -> int:
