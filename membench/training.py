@@ -58,7 +58,7 @@ def train_target(
 ) -> Path:
     """Train one target of a card and return its folder."""
     keep_freed_memory()
-    recipe = card.targets[name]
+    recipe = card.recipe(name)
     dataset = load_dataset(card, registry.data_folder(card.name))
     card = dataset.card  # with what a prepared data set's manifest says
     members_sha256 = card.splits.members.images_sha256
