@@ -1,27 +1,19 @@
-"""Pretrained targets: diffusers' pipelines give what diffusers itself samples, or one clear line."""
+"""Pretrained targets: pipelines give what diffusers samples from them, or one clear line."""
 
 from __future__ import annotations
 
-import json
-import math
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, ScoreSdeVePipeline
-from pipelines import save_pipeline, unet
-from safetensors.torch import load_file, save_file
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
+from pipelines import save_pipeline
 
-from membench.data.imageset import Dataset
-from membench.diffusion.eps import EpsNetwork, ve_abar
 from membench.diffusion.pretrained import PretrainedTarget, as_target, read_pretrained
 from membench.diffusion.sampler import ImageNoise, ddim, ddim_times
-from membench.errors import MembenchError
-from membench.hashing import derive_seed, file_hash
+from membench.hashing import derive_seed
 from membench.specs import Images
 from membench.specs_pretrained import Pretrained
 
