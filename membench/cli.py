@@ -15,6 +15,7 @@ import typer
 from membench import __version__
 from membench.errors import MembenchError
 from membench.experiments.cli import experiment_app
+from membench.targets_cli import targets_app
 
 if TYPE_CHECKING:
     from membench.registry import Registry
@@ -33,7 +34,12 @@ new_app = typer.Typer(no_args_is_help=True, help="Write a working template.")
 app.add_typer(board_app, name="leaderboard")
 app.add_typer(new_app, name="new")
 app.add_typer(experiment_app, name="experiment")
+app.add_typer(targets_app, name="targets")
 
+TARGET_HELP = (
+    "Target of the card, oracle:RATE, or a pretrained one: folder, hub id or TOML file "
+    "[default: the card's]"
+)
 Plugins = Annotated[
     list[Path] | None,
     typer.Option(
@@ -151,9 +157,7 @@ def info(
 def run(
     method: Annotated[str, typer.Option(help="Extraction method; see `membench list methods`.")],
     dataset: Annotated[str, typer.Option(help="Data set; see `membench list datasets`.")],
-    target: Annotated[
-        str | None, typer.Option(help="Target of the card, or oracle:RATE [default: the card's]")
-    ] = None,
+    target: Annotated[str | None, typer.Option(help=TARGET_HELP)] = None,
     guidance_scale: Annotated[
         str | None, typer.Option(help="One or more, as in 0.3,1 [default: the card's]")
     ] = None,
@@ -281,9 +285,7 @@ def _settings(texts: list[str] | None) -> dict[str, str]:
 @app.command()
 def diverge(
     dataset: Annotated[str, typer.Option(help="Data set; see `membench list datasets`.")],
-    target: Annotated[
-        str | None, typer.Option(help="Target of the card, or oracle:RATE [default: the card's]")
-    ] = None,
+    target: Annotated[str | None, typer.Option(help=TARGET_HELP)] = None,
     estimator: Annotated[str, typer.Option(help="pf_ode, elbo or knn.")] = "pf_ode",
     epsilon: Annotated[str, typer.Option(help="Widths e of the kernels.")] = "0.05,0.1,0.2",
     images: Annotated[

@@ -15,10 +15,8 @@ import torch
 from pydantic import ValidationError
 
 from membench.allocator import keep_freed_memory
-from membench.data.imageset import Dataset, load_dataset
+from membench.data.imageset import load_dataset
 from membench.diffusion.sampler import ddim_times
-from membench.diffusion.targets import OracleTarget, Target, load_unet_target, parse_oracle
-from membench.diffusion.train import WEIGHTS, snapshot, snapshot_steps
 from membench.errors import MembenchError
 from membench.files import link_or_copy, locked, write_json, writing
 from membench.hashing import canonical_json, content_hash, file_hash
@@ -28,13 +26,14 @@ from membench.metrics import METRIC_VERSIONS
 from membench.plugins import Method
 from membench.provenance import provenance
 from membench.record import NULL, RECORD, SCHEMA, SHEET, seal
-from membench.registry import Registry, unknown
+from membench.registry import Registry
 from membench.report import table
 from membench.report.contact_sheet import contact_sheet
 from membench.scoring import calibrate_from, null_facts, per_image, score_all
 from membench.similarity.matches import Matches
 from membench.specs import DataCard, RunSpec, Sampling, Similarity, explain
 from membench.store import Artifact, Stage, Store
+from membench.targets import origin_of, resolve_target
 
 
 @dataclass(frozen=True)
@@ -125,45 +124,6 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def resolve_target(
-    name: str, card: DataCard, dataset: Dataset, registry: Registry, results: Path, device: str
-) -> Target:
-    """A target by name: `oracle:RATE`, or one of the card's.
-
-    Weights of a card's target are the shipped ones if the card names them, else those that
-    `membench train` left in the results folder; `NAME@STEP` is a snapshot of that training.
-    """
-    rate = parse_oracle(name)
-    if rate is not None:
-        return OracleTarget(dataset, rate, device=device)
-    plain, at, step = name.partition("@")
-    if plain not in card.targets:
-        known = [*card.targets, "oracle:RATE", "NAME@STEP"]
-        raise unknown(f"target of {card.name}", name, known)
-    recipe = card.targets[plain]
-    if at:
-        trained = results / "targets" / card.name / plain
-        weights = snapshot(trained, step)
-        if not (step.isdigit() and weights.is_file()):
-            kept = ", ".join(snapshot_steps(trained)) or "none"
-            raise MembenchError(
-                f"target {name!r} of {card.name}: no such snapshot, there are: {kept}; keep one: "
-                f"membench train {card.name} --target {plain} --snapshots STEP"
-            )
-        recipe = recipe.model_copy(update={"weights_sha256": None})
-    elif recipe.weights is not None:
-        weights = registry.card_folder(card.name) / recipe.weights
-    else:
-        weights = results / "targets" / card.name / name / WEIGHTS
-        if not weights.is_file():
-            raise MembenchError(
-                f"target {name!r} of {card.name} has no weights yet ({weights} is missing); "
-                f"train it: membench train {card.name} --target {name}"
-            )
-    labels = dataset.members.labels
-    return load_unet_target(recipe, card.images, weights, device=device, name=name, labels=labels)
-
-
 def prepare(
     registry: Registry,
     results: Path,
@@ -214,6 +174,7 @@ def prepare(
     torch.backends.cudnn.allow_tf32 = False  # float32 is what the record says
     torch.backends.cudnn.deterministic = True
     model = resolve_target(spec.target, card, data, registry, results, spec.device)
+    spec = spec.model_copy(update={"target": model.name})  # a place has a name of its own
     try:
         ddim_times(spec.sampling.steps, len(model.abar))
     except ValueError as error:
@@ -296,7 +257,10 @@ def run(cell: Cell) -> dict[str, Any]:
         record["results_sha256"] = seal(record)
         record["cost"] = cost_of(store.bill(cell.artifacts))
         record["provenance"] = provenance(
-            started, cell.spec.device, method_source_sha256=cell.method.source_sha256
+            started,
+            cell.spec.device,
+            method_source_sha256=cell.method.source_sha256,
+            **origin_of(cell.lab.target),
         )
         if cell.card.show_images:
             contact_sheet(

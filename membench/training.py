@@ -80,7 +80,7 @@ def train_target(
     `accelerate launch` every process calls this; only the first one writes and speaks.
     """
     keep_freed_memory()
-    recipe = _adjusted(card.targets[name], precision, snapshots)
+    recipe = _adjusted(card.recipe(name), precision, snapshots)
     main = os.environ.get("RANK", "0") == "0"
     dataset = load_dataset(card, registry.data_folder(card.name))
     card = dataset.card  # with what a prepared data set's manifest says

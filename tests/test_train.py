@@ -33,8 +33,8 @@ from membench.diffusion.unet import schedule_abar
 from membench.errors import MembenchError
 from membench.hashing import file_hash
 from membench.registry import Registry
-from membench.run import resolve_target
 from membench.specs import TargetRecipe
+from membench.targets import resolve_target
 from membench.training import memorised_share
 
 
