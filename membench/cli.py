@@ -764,5 +764,28 @@ def leaderboard_check(folder: Boards = Path("leaderboards")) -> None:
     print(f"{folder}: {check(folder)} files are what their records say")
 
 
+@board_app.command("diff")
+def leaderboard_diff(
+    records: Annotated[list[Path], typer.Argument(help="record.json files or their folders.")],
+    folder: Boards = Path("leaderboards"),
+    as_json: AsJson = False,
+) -> None:
+    """Show what records would change on the boards, without adding them.
+
+    Example: `membench leaderboard diff results/runs/fashion_mini/ddpm/side_c-seed3-1234567890ab`
+    """
+    from rich.console import Console
+
+    from membench.record import RECORD, read_record
+    from membench.report.diff import diff, report
+
+    files = [path / RECORD if path.is_dir() else path for path in records]
+    found = diff(folder, [read_record(file) for file in files])
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        Console().print(report(found))
+
+
 if __name__ == "__main__":
     main()

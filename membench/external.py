@@ -26,7 +26,7 @@ from membench.registry import Registry
 from membench.report import table
 from membench.report.contact_sheet import contact_sheet
 from membench.run import cost_of
-from membench.scoring import calibrate_from, null_facts, per_image, score_all
+from membench.scoring import calibrate_from, incidence, null_facts, per_image, score_all
 from membench.specs import Resize, Similarity
 from membench.store import Store
 
@@ -136,6 +136,7 @@ def run(scoring: Scoring) -> dict[str, Any]:
             "null": null_facts(null, keep, similarity),
             "scores": score_all(matches, calibration, similarity),
             "per_image": per_image(matches, calibration, similarity),
+            "incidence": incidence(matches, calibration, similarity),
             "attack": {"surrogate": None, "guidance_ratio": {}},
             "knn": knn,
             "files": {path.name: file_hash(path) for path in files},

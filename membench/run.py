@@ -31,7 +31,7 @@ from membench.record import NULL, RECORD, SCHEMA, SHEET, seal
 from membench.registry import Registry, unknown
 from membench.report import table
 from membench.report.contact_sheet import contact_sheet
-from membench.scoring import calibrate_from, null_facts, per_image, score_all
+from membench.scoring import calibrate_from, incidence, null_facts, per_image, score_all
 from membench.similarity.matches import Matches
 from membench.specs import DataCard, RunSpec, Sampling, Similarity, explain
 from membench.store import Artifact, Stage, Store
@@ -289,6 +289,7 @@ def run(cell: Cell) -> dict[str, Any]:
             "null": null_facts(null, keep, similarity),
             "scores": scores,
             "per_image": per_image(matches, calibration, similarity),
+            "incidence": incidence(matches, calibration, similarity),
             "attack": attack,
             "files": files,
         }

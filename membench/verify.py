@@ -14,7 +14,7 @@ from membench.hashing import file_hash
 from membench.matching import FACTS, Facts
 from membench.metrics import METRIC_VERSIONS
 from membench.record import NULL, RECORD, read_record
-from membench.scoring import calibrate_from, null_facts, per_image, score_all
+from membench.scoring import calibrate_from, incidence, null_facts, per_image, score_all
 from membench.similarity.matches import Matches
 from membench.specs import Similarity, explain
 
@@ -106,6 +106,8 @@ def _verify(path: Path, record: dict[str, Any]) -> None:
     compare(path, "null", record["null"], null_facts(null, keep, similarity))
     compare(path, "scores", record["scores"], score_all(matches, calibration, similarity))
     compare(path, "per_image", record["per_image"], per_image(matches, calibration, similarity))
+    if "incidence" in record:  # records of before UMS could be rarefied have none
+        compare(path, "incidence", record["incidence"], incidence(matches, calibration, similarity))
 
 
 def _named(path: Path, record: dict[str, Any]) -> Path:
