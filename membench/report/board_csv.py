@@ -84,7 +84,7 @@ def _about(row: Row, shares: Sequence[str]) -> list[Any]:
             cells.append(_float(found.value if found else None))
     costs = [record["cost"] for record in row.records]
     cells += [_float(sum(c.get(key, 0) for c in costs) / len(costs)) for key in _COSTS]
-    cells += [device(row), max(cost.get("peak_memory_bytes", 0) for cost in costs)]
+    cells += [_cell(device(row)), max(cost.get("peak_memory_bytes", 0) for cost in costs)]
     return [*cells, _cell(max(record["provenance"]["finished"] for record in row.records))]
 
 

@@ -189,7 +189,7 @@ def cost_part(rows: Sequence[Row]) -> list[str]:
             escaped(row.label),
             *(f"{sum(c.get(key, 0) for c in costs) / len(costs):,.0f}"
               for key in ("unet_calls", "classifier_calls", "seconds")),
-            device(row) or "–",
+            escaped(device(row)) or "–",
             f"{peak / 1e6:,.0f}",
         ])  # fmt: skip
     note = (

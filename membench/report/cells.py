@@ -49,13 +49,13 @@ def seed_range(estimate: Estimate | None) -> str:
 def seconds(row: Row) -> str:
     """`178 CPU`: mean of a run, and on what."""
     found = [record["cost"]["seconds"] for record in row.records]
-    return f"{sum(found) / len(found):,.0f}" + f" {device(row)}".rstrip()
+    return f"{sum(found) / len(found):,.0f}" + f" {escaped(device(row))}".rstrip()
 
 
 def device(row: Row) -> str:
     """`CPU`, `CUDA`, ...; empty where the records do not say."""
     found = {str((r["identity"].get("compute") or {}).get("device", "")) for r in row.records}
-    return " ".join(sorted(code_text(name).upper() for name in found if name))
+    return " ".join(sorted(name.upper() for name in found if name))
 
 
 def newest(row: Row) -> str:
