@@ -15,6 +15,7 @@ import typer
 from membench import __version__
 from membench.errors import MembenchError
 from membench.experiments.cli import experiment_app
+from membench.submission_cli import add_commands
 
 if TYPE_CHECKING:
     from membench.registry import Registry
@@ -33,6 +34,7 @@ new_app = typer.Typer(no_args_is_help=True, help="Write a working template.")
 app.add_typer(board_app, name="leaderboard")
 app.add_typer(new_app, name="new")
 app.add_typer(experiment_app, name="experiment")
+add_commands(app)
 
 Plugins = Annotated[
     list[Path] | None,
@@ -432,20 +434,6 @@ def prepare(
     )
     rate = done.decoded / done.seconds if done.seconds else 0.0
     print(f"{done.folder}: {counts}; {done.decoded:,} images decoded, {rate:,.0f} images/s")
-
-
-@app.command()
-def verify(
-    record: Annotated[Path, typer.Argument(help="A record.json or the folder it lies in.")],
-) -> None:
-    """Recompute every number of a record from its saved matches; fail on any difference.
-
-    Example: `membench verify results/runs/fashion_mini/ddpm/side_c-seed0-1234567890ab`
-    """
-    from membench.verify import verify_any
-
-    found = verify_any(record)
-    print(f"{record}: every number recomputed, all equal (id {found['id'][:12]})")
 
 
 @app.command()

@@ -18,6 +18,7 @@ from membench.errors import MembenchError
 from membench.files import link_or_copy, locked, write_array, write_json, writing
 from membench.hashing import array_hash, canonical_json, content_hash, file_hash
 from membench.lab import Progress
+from membench.limits import ELSEWHERE
 from membench.matching import FACTS, MATCHES, Matcher
 from membench.metrics import METRIC_VERSIONS
 from membench.provenance import provenance
@@ -32,7 +33,6 @@ from membench.store import Store
 
 SCALE = 0.0
 """Images from elsewhere stand where a run's guidance scale 0 does."""
-LIMITED = "images from elsewhere: membench did not draw them"
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def run(scoring: Scoring) -> dict[str, Any]:
             "schema": SCHEMA,
             "id": content_hash(identity),
             "limited": True,
-            "limited_by": [LIMITED],
+            "limited_by": [ELSEWHERE],
             "identity": identity,
             "calibration": calibration.to_dict(),
             "null": null_facts(null, keep, similarity),
