@@ -74,7 +74,7 @@ def reseal(bundle: Path, record: dict[str, Any] | None = None) -> None:
     if record is not None:
         record["id"] = content_hash(record["identity"])
         record["results_sha256"] = seal(record)
-        write_json(bundle / RECORD, record)
+        (bundle / RECORD).write_text(json.dumps(record))
     record = read(bundle / RECORD)
     found = read(bundle / SUBMISSION)
     found["record"], found["results_sha256"] = record["id"], record["results_sha256"]
@@ -84,7 +84,7 @@ def reseal(bundle: Path, record: dict[str, Any] | None = None) -> None:
     found["method"] |= {"name": method["name"], "version": method["version"], "source": None}
     found["method"]["source_sha256"] = ran
     found.pop("sealed")
-    write_json(bundle / SUBMISSION, found | {"sealed": content_hash(found)})
+    (bundle / SUBMISSION).write_text(json.dumps(found | {"sealed": content_hash(found)}))
 
 
 # --- Packing ----------------------------------------------------------------------------------
@@ -236,9 +236,9 @@ def leaves(value: Any, path: Path_ = (), every: bool = False) -> Iterator[Path_]
 
 def mutated(record: dict[str, Any], path: Path_) -> dict[str, Any]:
     """A copy with one leaf changed, a float by its last bit."""
-    found = copy.deepcopy(record)
-    place = found
-    for key in path[:-1]:
+    place = found = copy.copy(record)
+    for key in path[:-1]:  # what lies beside the path is shared
+        place[key] = copy.copy(place[key])
         place = place[key]
     value = place[path[-1]]
     if isinstance(value, bool):
@@ -315,7 +315,7 @@ def tamper(bundle: Path, folder: Path, registry: Registry, every: bool) -> None:
     for path in leaves(record, every=every):
         changed = mutated(record, path)
         # in the run's folder, nothing mended
-        write_json(folder / RECORD, changed)
+        (folder / RECORD).write_text(json.dumps(changed))
         try:
             report = check(folder, registry, folder)
             assert covered(path, report), f"{path}: not found in the folder"
