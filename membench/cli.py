@@ -15,6 +15,7 @@ import typer
 from membench import __version__
 from membench.errors import MembenchError
 from membench.experiments.cli import experiment_app
+from membench.submission_cli import add_commands
 from membench.targets_cli import targets_app
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ app.add_typer(board_app, name="leaderboard")
 app.add_typer(new_app, name="new")
 app.add_typer(experiment_app, name="experiment")
 app.add_typer(targets_app, name="targets")
+add_commands(app)
 
 TARGET_HELP = (
     "Target of the card, oracle:RATE, or a pretrained one: folder, hub id or TOML file "
@@ -437,20 +439,6 @@ def prepare(
 
 
 @app.command()
-def verify(
-    record: Annotated[Path, typer.Argument(help="A record.json or the folder it lies in.")],
-) -> None:
-    """Recompute every number of a record from its saved matches; fail on any difference.
-
-    Example: `membench verify results/runs/fashion_mini/ddpm/side_c-seed0-1234567890ab`
-    """
-    from membench.verify import verify_any
-
-    found = verify_any(record)
-    print(f"{record}: every number recomputed, all equal (id {found['id'][:12]})")
-
-
-@app.command()
 def calibrate(
     dataset: Annotated[str, typer.Option(help="Data set; see `membench list datasets`.")],
     vary: Annotated[
@@ -764,6 +752,29 @@ def leaderboard_check(folder: Boards = Path("leaderboards")) -> None:
     from membench.report.leaderboard import check
 
     print(f"{folder}: {check(folder)} files are what their records say")
+
+
+@board_app.command("diff")
+def leaderboard_diff(
+    records: Annotated[list[Path], typer.Argument(help="record.json files or their folders.")],
+    folder: Boards = Path("leaderboards"),
+    as_json: AsJson = False,
+) -> None:
+    """Show what records would change on the boards, without adding them.
+
+    Example: `membench leaderboard diff results/runs/fashion_mini/ddpm/side_c-seed3-1234567890ab`
+    """
+    from rich.console import Console
+
+    from membench.record import RECORD, read_record
+    from membench.report.diff import diff, report
+
+    files = [path / RECORD if path.is_dir() else path for path in records]
+    found = diff(folder, [read_record(file) for file in files])
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        Console().print(report(found))
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ class Lab:
 
         def make(folder: Path, work: Work) -> None:
             condition = None if surrogate is None else self.store.get(surrogate.classifier)
-            labels = _draw_labels(seed, count, condition, label)
+            labels = draw_labels(seed, count, condition, label)
             size, total = sampling.batch_size, GuidanceLog()
             with self.progress(title, count, "images") as advance:
                 for start in range(0, count, size):
@@ -515,7 +515,7 @@ def steps_to(advance: Advance) -> Callable[[int, float], None]:
     return report
 
 
-def _draw_labels(
+def draw_labels(
     seed: int, count: int, condition: Classifier | None, label: int | None
 ) -> np.ndarray:
     """The target label of each image: fixed, or uniform from the image's own seed; -1 for none."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from membench import limits
 from membench.allocator import keep_freed_memory
 from membench.data.imageset import load_dataset
 from membench.diffusion.sampler import ddim_times
@@ -29,7 +30,7 @@ from membench.record import NULL, RECORD, SCHEMA, SHEET, seal
 from membench.registry import Registry
 from membench.report import table
 from membench.report.contact_sheet import contact_sheet
-from membench.scoring import calibrate_from, null_facts, per_image, score_all
+from membench.scoring import calibrate_from, incidence, null_facts, per_image, score_all
 from membench.similarity.matches import Matches
 from membench.specs import DataCard, RunSpec, Sampling, Similarity, explain
 from membench.store import Artifact, Stage, Store
@@ -243,13 +244,14 @@ def run(cell: Cell) -> dict[str, Any]:
         record: dict[str, Any] = {
             "schema": SCHEMA,
             "id": cell.id,
-            "limited": bool(limits := departures(cell)),
-            "limited_by": limits,
+            "limited": bool(departs := departures(cell)),
+            "limited_by": departs,
             "identity": cell.identity,
             "calibration": calibration.to_dict(),
             "null": null_facts(null, keep, similarity),
             "scores": scores,
             "per_image": per_image(matches, calibration, similarity),
+            "incidence": incidence(matches, calibration, similarity),
             "attack": attack,
             "files": files,
         }
@@ -276,21 +278,7 @@ def run(cell: Cell) -> dict[str, Any]:
 
 def departures(cell: Cell) -> list[str]:
     """Where a run departs from its card: such records are marked and never enter a board."""
-    card, spec = cell.card.extraction, cell.spec
-    found = []
-    if spec.images_per_scale != card.images_per_scale:
-        found.append(f"{spec.images_per_scale} images per scale, not {card.images_per_scale}")
-    if cell.surrogate is not None and spec.guidance_scales != card.guidance_scales:
-        found.append(f"guidance scales {spec.guidance_scales}, not {card.guidance_scales}")
-    if spec.sampling != card.sampling:
-        found.append("other sampler settings")
-    if spec.label is not None:
-        found.append(f"label {spec.label} for every image")
-    if cell.similarity != cell.card.similarity:
-        found.append("another similarity than the card's")
-    if spec.attack_seed != 0:
-        found.append(f"attack seed {spec.attack_seed}, not 0")
-    return found
+    return limits.departures(cell.identity, cell.card, guided=cell.surrogate is not None)
 
 
 def _attack(cell: Cell, generated: Mapping[float, Generated]) -> dict[str, Any]:
