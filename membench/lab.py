@@ -311,6 +311,13 @@ class Lab:
             "classifier", f"classifier on {split}", identity, make, self._load_classifier
         )
 
+    def report(self, classifier: Artifact[Classifier]) -> dict[str, Any]:
+        """What was learnt while training a classifier; its network is not loaded if it is there."""
+        if not self.store.has(classifier):
+            return self.store.get(classifier).report
+        found: dict[str, Any] = read_json(self.store.folder(classifier) / REPORT)
+        return found
+
     def pseudo_labels(
         self, images: Artifact[Generated], classifier: Artifact[Classifier]
     ) -> Artifact[Labels]:
