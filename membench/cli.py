@@ -16,6 +16,7 @@ from membench import __version__
 from membench.errors import MembenchError
 from membench.experiments.cli import experiment_app
 from membench.submission_cli import add_commands
+from membench.sweep.cli import register
 from membench.targets_cli import targets_app
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ app.add_typer(new_app, name="new")
 app.add_typer(experiment_app, name="experiment")
 app.add_typer(targets_app, name="targets")
 add_commands(app)
+register(app)
 
 TARGET_HELP = (
     "Target of the card, oracle:RATE, or a pretrained one: folder, hub id or TOML file "
@@ -513,32 +515,16 @@ def _similarity(
     dedup_reference: bool = False,
 ) -> Similarity | None:
     """The card's similarity with what was asked for changed; None if nothing was."""
-    changes = [descriptor, preset, input_size, flips or None, dedup_reference or None]
-    if all(change is None for change in changes):
-        return None
-    from pydantic import ValidationError
+    from membench.specs import changed_similarity
 
-    from membench.specs import Similarity, explain
-
-    fields = card.similarity.model_dump()
-    fields["flips"] |= flips
-    fields["dedup_reference"] |= dedup_reference
-    own = card.similarity.descriptor
-    if descriptor is None and own is None and (preset is not None or input_size is not None):
-        raise MembenchError("--preset, --input-size: name a --descriptor, this data set has none")
-    if descriptor is not None or (own is not None and (preset or input_size)):
-        choice = {} if own is None or descriptor is not None else own.model_dump()
-        if preset is not None or input_size is not None:
-            choice |= {"preset": preset, "input_size": input_size}
-        if descriptor is not None:
-            choice["name"] = descriptor
-        fields |= {"name": "sscd", "descriptor": choice}
-        if card.similarity.name != "sscd":
-            fields["band_modes"] = ()
-    try:
-        return Similarity.model_validate(fields)
-    except ValidationError as error:
-        raise MembenchError(f"--descriptor: {explain(error)}") from None
+    return changed_similarity(
+        card.similarity,
+        descriptor=descriptor,
+        preset=preset,
+        input_size=input_size,
+        flips=flips,
+        dedup_reference=dedup_reference,
+    )
 
 
 @app.command()
@@ -697,6 +683,21 @@ def new_descriptor(
 
     path = write_descriptor(name, folder)
     print(f"wrote {path}\ntest it: membench test {name} --plugins {folder}")
+
+
+@new_app.command("sweep")
+def new_sweep(
+    name: Annotated[str, typer.Argument(help="Name of the sweep and of its file.")],
+    folder: Annotated[Path, typer.Option("--dir", help="Where to write it.")] = Path(),
+) -> None:
+    """Write NAME.toml, a sweep of the five methods on fashion_mini with every option explained.
+
+    Example: `membench new sweep my_sweep`
+    """
+    from membench.templates import write_sweep
+
+    path = write_sweep(name, folder)
+    print(f"wrote {path}\nlook: membench sweep {path} --dry-run\nrun:  membench sweep {path}")
 
 
 @app.command("test")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from membench import limits
 from membench.allocator import keep_freed_memory
-from membench.data.imageset import load_dataset
+from membench.data.imageset import Dataset, load_dataset
 from membench.diffusion.sampler import ddim_times
+from membench.diffusion.targets import Target
 from membench.errors import MembenchError
 from membench.files import link_or_copy, locked, write_json, writing
 from membench.hashing import canonical_json, content_hash, file_hash
@@ -125,6 +126,28 @@ def resolve_device(name: str) -> str:
     return name
 
 
+class Loaded:
+    """Data sets and targets that one process has opened: cells of a sweep share them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], Any] = {}
+
+    def dataset(self, registry: Registry, name: str) -> Dataset:
+        """The data set of that name, checked when it is first asked for."""
+        folder = registry.data_folder(name)
+        return self._keep((name, folder), lambda: load_dataset(registry.card(name), folder))
+
+    def target(self, registry: Registry, data: Dataset, name: str, *more: Any) -> Target:
+        """A target of a data set, as `resolve_target` gives it; more: results, device."""
+        key = (data.card.name, name, *more)
+        return self._keep(key, lambda: resolve_target(name, data.card, data, registry, *more))
+
+    def _keep(self, key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
+        if key not in self._kept:
+            self._kept[key] = load()
+        return self._kept[key]
+
+
 def prepare(
     registry: Registry,
     results: Path,
@@ -144,11 +167,17 @@ def prepare(
     device: str = "auto",
     descriptor_weights: Path | None = None,
     similarity: Similarity | None = None,
+    here: bool = True,
+    loaded: Loaded | None = None,
 ) -> Cell:
-    """Resolve names and defaults into a cell; nothing is computed or written yet."""
+    """Resolve names and defaults into a cell; nothing is computed or written yet.
+
+    here: False only describes the cell for a `device` that another machine has; what needs none
+    (matches of pixels, the record) can be computed. loaded: what other cells have opened.
+    """
     plugin = registry.method(method)
-    card = registry.card(dataset)
-    data = load_dataset(card, registry.data_folder(dataset))
+    loaded = loaded or Loaded()
+    data = loaded.dataset(registry, dataset)
     card = data.card  # with what a prepared data set's manifest says
     defaults = card.extraction
     try:
@@ -167,14 +196,15 @@ def prepare(
             images_per_scale=images or defaults.images_per_scale,
             label=label,
             sampling=sampling,
-            device=resolve_device(device),
+            device=resolve_device(device) if here else device,
         )
     except ValidationError as error:
         raise MembenchError(explain(error)) from None
     keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # float32 is what the record says
     torch.backends.cudnn.deterministic = True
-    model = resolve_target(spec.target, card, data, registry, results, spec.device)
+    place = spec.device if here else "cpu"
+    model = loaded.target(registry, data, spec.target, results, place)
     spec = spec.model_copy(update={"target": model.name})  # a place has a name of its own
     try:
         ddim_times(spec.sampling.steps, len(model.abar))
@@ -288,7 +318,7 @@ def _attack(cell: Cell, generated: Mapping[float, Generated]) -> dict[str, Any]:
         "guidance_ratio": {f"{s:g}": images.report for s, images in generated.items()},
     }
     if cell.surrogate is not None and any(scale > 0 for scale in cell.images):
-        attack["classifier"] = cell.lab.store.get(cell.surrogate.classifier).report
+        attack["classifier"] = cell.lab.report(cell.surrogate.classifier)
     return attack
 
 

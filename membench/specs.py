@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from membench.errors import MembenchError
-from membench.specs_base import Spec
+from membench.specs_base import Spec as Spec
 from membench.specs_pretrained import Pretrained
 
 SPLITS = ("members", "auxiliary", "heldout")
@@ -202,6 +202,40 @@ class Similarity(Spec):
         if self.name == "nl2" and self.descriptor is not None:
             raise ValueError("descriptor: normalised L2 compares pixels and takes none")
         return self
+
+
+def changed_similarity(
+    own: Similarity,
+    *,
+    descriptor: str | None = None,
+    preset: str | None = None,
+    input_size: int | None = None,
+    flips: bool = False,
+    dedup_reference: bool = False,
+) -> Similarity | None:
+    """A card's similarity with what was asked for changed; None if nothing was."""
+    changes = [descriptor, preset, input_size, flips or None, dedup_reference or None]
+    if all(change is None for change in changes):
+        return None
+    fields = own.model_dump()
+    fields["flips"] |= flips
+    fields["dedup_reference"] |= dedup_reference
+    if descriptor is None and own.descriptor is None and (preset or input_size) is not None:
+        raise MembenchError("--preset, --input-size: name a --descriptor, this data set has none")
+    if descriptor is not None or (own.descriptor is not None and (preset or input_size)):
+        inherits = own.descriptor is not None and descriptor is None
+        choice = own.descriptor.model_dump() if inherits and own.descriptor else {}
+        if preset is not None or input_size is not None:
+            choice |= {"preset": preset, "input_size": input_size}
+        if descriptor is not None:
+            choice["name"] = descriptor
+        fields |= {"name": "sscd", "descriptor": choice}
+        if own.name != "sscd":
+            fields["band_modes"] = ()
+    try:
+        return Similarity.model_validate(fields)
+    except ValidationError as error:
+        raise MembenchError(f"--descriptor: {explain(error)}") from None
 
 
 class Sampling(Spec):

@@ -29,7 +29,8 @@ from membench.hashing import content_hash, file_hash
 from membench.plugins import Method
 from membench.record import RECORD
 from membench.registry import Registry
-from membench.specs import Spec, explain
+from membench.specs import explain
+from membench.specs_base import Spec
 
 SCHEMA = 1
 SUBMISSION, PIXELS, SOURCE = "submission.json", "pixels.npz", "method.py"
