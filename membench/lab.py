@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -26,6 +26,7 @@ from membench.diffusion.clusters import check_settings, cluster, describe
 from membench.diffusion.guidance import GuidanceLog, classifier_guidance
 from membench.diffusion.sampler import Guidance, ImageNoise, ddim, ddim_times, to_uint8
 from membench.diffusion.targets import Target
+from membench.diffusion.threads import torch_threads
 from membench.errors import MembenchError
 from membench.files import read_json, write_array, write_joined, write_json
 from membench.hashing import content_hash, derive_seed
@@ -184,18 +185,18 @@ class Lab:
             labels, batch = begin()
             total = GuidanceLog()
             with self.progress(title, count, "images") as advance:
-                for i in range(n_batches):
-                    if not part_marker(folder, i).is_file():
-                        batch(folder, i)
+                for i in parts.make_all(folder, batch):
                     done = read_json(part_marker(folder, i))
                     total.merge(GuidanceLog.from_dict(done["norms"]))
                     work.seconds += done["seconds"]
                     advance(min(size, count - i * size))
             work.unet_calls, work.classifier_calls = calls, calls if surrogate else 0
-            parts = [part_marker(folder, i).with_suffix(".npy") for i in range(n_batches)]
-            write_joined(folder / IMAGES, parts, count)
+            pixels = [part_marker(folder, i).with_suffix(".npy") for i in range(n_batches)]
+            write_joined(folder / IMAGES, pixels, count)
             write_array(folder / LABELS, labels)
             write_json(folder / REPORT, {t: entry["mean"] for t, entry in total.to_dict().items()})
+
+        parts = Parts(n_batches, lambda: begin()[1], self._batches_at_a_time)
 
         def load(folder: Path) -> Generated:
             images = np.load(folder / IMAGES, mmap_mode="r")
@@ -209,8 +210,21 @@ class Lab:
             load,
             inputs=() if surrogate is None else (surrogate.classifier,),
             planned=Work(calls, calls if surrogate else 0),
-            parts=Parts(n_batches, lambda: begin()[1]),
+            parts=parts,
         )
+
+    @contextmanager
+    def _batches_at_a_time(self) -> Iterator[int]:
+        """How many batches are made at once: on the CPU, as many as torch has threads, each on one.
+
+        So no bit depends on the number of threads. At most 8, for their memory's sake.
+        """
+        if torch.device(self.device).type != "cpu":
+            yield 1
+            return
+        threads = torch.get_num_threads()
+        with torch_threads(1):
+            yield min(threads, 8)
 
     def sample(
         self,

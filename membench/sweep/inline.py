@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from membench.errors import MembenchError
@@ -12,7 +10,7 @@ from membench.sweep import worker
 from membench.sweep.agenda import Agenda, Told
 from membench.sweep.folder import Sweep
 from membench.sweep.snapshot import describe
-from membench.sweep.tasks import EXIT, STOPPED, Cause, Report, Task
+from membench.sweep.tasks import EXIT, Cause, Report, Task
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,12 +45,9 @@ class Inline:
         while ready := agenda.ready() or agenda.elsewhere():
             task = ready[0]
             agenda.started(task)
-            with _time_limit(task.resources.minutes) as limit:
-                code = worker.work(sweep.folder, task.id, desk=desk, progress=progress)
-            if code == STOPPED and limit.is_set():
-                note_time_limit(sweep, task)
+            code = worker.work(sweep.folder, task.id, desk=desk, progress=progress)
             agenda.ended(task)
-            if code == EXIT[Cause.CANCELLED]:
+            if code == EXIT[Cause.CANCELLED] or worker.STOP.is_set():
                 return
 
     def ask(self, sweep: Sweep, tasks: Sequence[Task]) -> Mapping[str, Report]:
@@ -61,31 +56,3 @@ class Inline:
 
     def cancel(self, sweep: Sweep, tasks: Sequence[Task]) -> None:
         """The flag is enough: the running task looks for it at every step."""
-
-
-def note_time_limit(sweep: Sweep, task: Task) -> None:
-    """Write into the last attempt that its time was up."""
-    last = sweep.attempts(task)[-1]
-    reason = f"stopped after {task.resources.minutes:g} minutes"
-    sweep.write(task, last.model_copy(update={"cause": Cause.TIME, "reason": reason}))
-
-
-@contextmanager
-def _time_limit(minutes: float | None) -> Iterator[threading.Event]:
-    """Tell the running task to stop at a batch boundary after so long; the event says it was."""
-    over = threading.Event()
-
-    def stop() -> None:
-        over.set()
-        worker.STOP.set()
-
-    timer = threading.Timer(60 * (minutes or 0), stop)
-    timer.daemon = True
-    if minutes is not None:
-        timer.start()
-    try:
-        yield over
-    finally:
-        timer.cancel()
-        if over.is_set():
-            worker.STOP.clear()

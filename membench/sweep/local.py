@@ -21,9 +21,8 @@ from typing import IO, TYPE_CHECKING
 from membench.errors import MembenchError
 from membench.sweep.agenda import Agenda, Told
 from membench.sweep.folder import Sweep
-from membench.sweep.inline import note_time_limit
 from membench.sweep.specs import Resources
-from membench.sweep.tasks import EXIT, STOPPED, Cause, Report, Task
+from membench.sweep.tasks import EXIT, Cause, Report, Task
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,7 +54,7 @@ def gpus() -> tuple[str, ...]:
 class Seat:
     """A worker, what it has of the machine, and the task it runs, if any.
 
-    asked: when it was told to stop. late: because its time was up.
+    asked: when it was told to stop. late: killed because its time was up.
     """
 
     process: subprocess.Popen[str]
@@ -68,12 +67,12 @@ class Seat:
     asked: float | None = None
     late: bool = False
 
-    def stop(self, number: int = signal.SIGTERM) -> None:
+    def stop(self) -> None:
         """Ask it to stop at the next batch boundary."""
         if self.asked is None:
             self.asked = time.monotonic()
         with suppress(ProcessLookupError):
-            self.process.send_signal(number)
+            self.process.terminate()
 
     @property
     def pipes(self) -> tuple[IO[str], IO[str]]:
@@ -263,9 +262,7 @@ class Pool:
     def _ended(self, seat: Seat, code: int) -> None:
         task, seat.task = seat.task, None
         assert task is not None
-        if code == STOPPED and seat.late:
-            note_time_limit(self.sweep, task)
-        if code in (EXIT[Cause.DISK],) and not self.sweep.attempts(task):
+        if code == EXIT[Cause.DISK] and not self.sweep.attempts(task):
             self._close(task, Cause.DISK, "no space left on the disk to note anything")
         if code != 0:  # whatever it was, the next task gets a fresh process
             self._dismiss(seat)
@@ -280,7 +277,7 @@ class Pool:
             return
         cause, reason = why_it_died(code, words, more_ooms=oom_kills() > seat.ooms)
         if seat.late:
-            cause, reason = Cause.TIME, f"killed {GRACE:g} s after its time was up"
+            cause, reason = Cause.TIME, f"killed {GRACE:g} s after its time was up, within a batch"
         elif self.sweep.cancelled:
             cause, reason = Cause.CANCELLED, "while it ran"
         attempts = self.sweep.attempts(task)
@@ -302,9 +299,9 @@ class Pool:
             if seat.task is None:
                 continue
             minutes = seat.task.resources.minutes
-            if minutes is not None and now - seat.since > 60 * minutes and not seat.late:
-                seat.late = True
-                seat.stop(signal.SIGUSR2)
+            if minutes is not None and now - seat.since > 60 * minutes + GRACE:
+                seat.late = True  # it looks at the clock itself, but not within a batch
+                seat.process.kill()
             if cancelled and seat.asked is None:
                 seat.stop()
             if seat.asked is not None and now - seat.asked > GRACE:

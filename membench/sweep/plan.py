@@ -123,7 +123,8 @@ def _targets(
     spec: SweepSpec, file: Path, registry: Registry, dataset: DatasetChoice
 ) -> tuple[str, ...]:
     try:
-        return dataset.targets or spec.targets or (registry.card(dataset.name).default_target,)
+        card = registry.card(dataset.name)
+        return dataset.targets or spec.targets or (card.default_target,)
     except MembenchError as error:
         raise MembenchError(f"{file}: datasets: {error}") from None
 

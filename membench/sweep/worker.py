@@ -37,16 +37,17 @@ if TYPE_CHECKING:
 
 BEAT = 2.0
 """Seconds between two looks at the sweep's `cancelled`, and two notes of progress."""
+clock = time.monotonic
 STOP = threading.Event()
 """Set by SIGTERM and SIGUSR2: stop at the next batch boundary."""
 
 
 class Stopped(BaseException):
-    """The task was told to stop, at a batch boundary; cancelled: for good."""
+    """The task stops at a batch boundary; cause: None for a signal."""
 
-    def __init__(self, cancelled: bool = False):
-        self.cancelled = cancelled
-        super().__init__("cancelled" if cancelled else "stopped")
+    def __init__(self, cause: Cause | None, reason: str):
+        self.cause, self.reason = cause, reason
+        super().__init__(reason)
 
 
 def stop_on_signals() -> None:
@@ -160,11 +161,11 @@ def _attempt(
     with _logged(log) if redirect else nullcontext():
         try:
             _run(sweep, task, desk, watch)
-        except (Stopped, KeyboardInterrupt) as stop:
-            interrupted = stop if isinstance(stop, KeyboardInterrupt) else None
-            state, reason = "stopped", "told to stop"
-            if isinstance(stop, Stopped) and stop.cancelled:
-                state, cause, reason = "failed", Cause.CANCELLED, "while it ran"
+        except Stopped as stop:
+            cause, reason = stop.cause, stop.reason
+            state = "failed" if cause is Cause.CANCELLED else "stopped"
+        except KeyboardInterrupt as stop:
+            interrupted, state, reason = stop, "stopped", "told to stop"
         except BaseException as error:  # a plugin may fail in any way at all
             state, (cause, reason) = "failed", classify(error)
             text = traceback.format_exc()
@@ -212,7 +213,7 @@ def _make(task: Task, cell: Cell, artifact: Artifact[Any], watch: Watch) -> None
     store = cell.lab.store
     parts = task.product.parts if task.product is not None else None
     if parts is None:
-        store.get(artifact)
+        store.ensure(artifact)
         return
     which = range(*parts)
     with watch(task.title, len(which), "batches") as advance:
@@ -224,7 +225,7 @@ class Watch:
 
     def __init__(self, sweep: Sweep, task: Task, attempt: Attempt, shown: Progress | None):
         self.sweep, self.task, self.attempt, self.shown = sweep, task, attempt, shown
-        self._looked = time.monotonic()
+        self._began = self._looked = clock()
 
     @contextmanager
     def __call__(self, title: str, total: int, unit: str) -> Iterator[Advance]:
@@ -247,12 +248,15 @@ class Watch:
         if done >= total:
             return  # all is made: to finish is quicker than to come back
         if STOP.is_set():
-            raise Stopped
-        if time.monotonic() - self._looked < BEAT:
+            raise Stopped(None, "told to stop")
+        now, minutes = clock(), self.task.resources.minutes
+        if minutes is not None and now - self._began > 60 * minutes:
+            raise Stopped(Cause.TIME, f"stopped after {minutes:g} minutes")
+        if now - self._looked < BEAT:
             return
-        self._looked = time.monotonic()
+        self._looked = now
         if (self.sweep.folder / CANCELLED).exists():
-            raise Stopped(cancelled=True)
+            raise Stopped(Cause.CANCELLED, "while it ran")
         with suppress(OSError):
             self.sweep.write(self.task, self.attempt)
 
