@@ -778,5 +778,25 @@ def leaderboard_diff(
         Console().print(report(found))
 
 
+@board_app.command("site")
+def leaderboard_site(
+    out: Annotated[Path, typer.Argument(help="Folder to write; an earlier site is replaced.")],
+    folder: Boards = Path("leaderboards"),
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Where the runs lie: their contact sheets, where the card permits."),
+    ] = None,
+    plugins: Plugins = None,
+) -> None:
+    """Write the boards as a static site: pages that load nothing from anywhere.
+
+    Example: `membench leaderboard site site --results results`
+    """
+    from membench.report.site import build_site
+
+    pages = build_site(folder, out, _registry(plugins), results)
+    print(f"wrote {len(pages)} pages; open {out / 'index.html'}")
+
+
 if __name__ == "__main__":
     main()
