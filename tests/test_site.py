@@ -29,7 +29,8 @@ from membench.report.ranking import rank_section
 from membench.report.records import load_records, sections
 from membench.report.site import MARK, build_site
 from membench.report.site_charts import images_chart, threshold_chart
-from membench.report.site_pages import dataset_page, overview, record_page, slug
+from membench.report.site_pages import dataset_page, overview, slug
+from membench.report.site_record import record_page
 
 chromium = pytest.mark.skipif(find() is None, reason="no Chromium here (Debian: chromium)")
 HOSTILE = f'{EVIL}</script><img src=x onerror=alert(2)>" onmouseover="alert(3)'

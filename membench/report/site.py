@@ -13,7 +13,8 @@ from membench.registry import Registry
 from membench.report.html import page
 from membench.report.leaderboard import gather
 from membench.report.records import Record
-from membench.report.site_pages import dataset_page, overview, record_page, slug
+from membench.report.site_pages import dataset_page, overview, slug
+from membench.report.site_record import record_page
 
 MARK = ".membench-site"
 """Lies in a folder that an earlier call wrote: only such a folder is written over."""
