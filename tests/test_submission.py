@@ -450,7 +450,7 @@ def test_rerun_finds_forged_matches_images_and_null(
     forge(bundle, "matches-0.npz", content)
     report = check(bundle, registry, tmp_path / "fresh")
     assert report.cell is not None
-    found = rerun(report.cell, bundle, 3)
+    found = rerun(report.cell, bundle, IMAGES)
     assert not found["equal"]
     assert found["neighbours"]["equal"] < 1  # copies at distance 0 stay
     assert found["neighbours"]["largest_difference"] > 0
