@@ -160,7 +160,7 @@ class Lab:
 
         def begin() -> tuple[np.ndarray, MakePart]:
             condition = None if surrogate is None else self.store.get(surrogate.classifier)
-            labels = _draw_labels(seed, count, condition, label)
+            labels = draw_labels(seed, count, condition, label)
 
             def batch(folder: Path, i: int) -> None:
                 rows = range(i * size, min((i + 1) * size, count))
@@ -548,7 +548,7 @@ def steps_to(advance: Advance) -> Callable[[int, float], None]:
     return report
 
 
-def _draw_labels(
+def draw_labels(
     seed: int, count: int, condition: Classifier | None, label: int | None
 ) -> np.ndarray:
     """The target label of each image: fixed, or uniform from the image's own seed; -1 for none."""

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from membench import limits
 from membench.allocator import keep_freed_memory
 from membench.data.imageset import Dataset, load_dataset
 from membench.diffusion.sampler import ddim_times
-from membench.diffusion.targets import OracleTarget, Target, load_unet_target, parse_oracle
-from membench.diffusion.train import WEIGHTS
+from membench.diffusion.targets import Target
 from membench.errors import MembenchError
 from membench.files import link_or_copy, locked, write_json, writing
 from membench.hashing import canonical_json, content_hash, file_hash
@@ -28,13 +28,14 @@ from membench.metrics import METRIC_VERSIONS
 from membench.plugins import Method
 from membench.provenance import provenance
 from membench.record import NULL, RECORD, SCHEMA, SHEET, seal
-from membench.registry import Registry, unknown
+from membench.registry import Registry
 from membench.report import table
 from membench.report.contact_sheet import contact_sheet
-from membench.scoring import calibrate_from, null_facts, per_image, score_all
+from membench.scoring import calibrate_from, incidence, null_facts, per_image, score_all
 from membench.similarity.matches import Matches
 from membench.specs import DataCard, RunSpec, Sampling, Similarity, explain
 from membench.store import Artifact, Stage, Store
+from membench.targets import origin_of, resolve_target
 
 
 @dataclass(frozen=True)
@@ -125,33 +126,6 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def resolve_target(
-    name: str, card: DataCard, dataset: Dataset, registry: Registry, results: Path, device: str
-) -> Target:
-    """A target by name: `oracle:RATE`, or one of the card's.
-
-    Weights of a card's target are the shipped ones if the card names them, else those that
-    `membench train` left in the results folder.
-    """
-    rate = parse_oracle(name)
-    if rate is not None:
-        return OracleTarget(dataset, rate, device=device)
-    if name not in card.targets:
-        raise unknown(f"target of {card.name}", name, [*card.targets, "oracle:RATE"])
-    recipe = card.targets[name]
-    if recipe.weights is not None:
-        weights = registry.card_folder(card.name) / recipe.weights
-    else:
-        weights = results / "targets" / card.name / name / WEIGHTS
-        if not weights.is_file():
-            raise MembenchError(
-                f"target {name!r} of {card.name} has no weights yet ({weights} is missing); "
-                f"train it: membench train {card.name} --target {name}"
-            )
-    labels = dataset.members.labels
-    return load_unet_target(recipe, card.images, weights, device=device, name=name, labels=labels)
-
-
 class Loaded:
     """Data sets and targets that one process has opened: cells of a sweep share them."""
 
@@ -231,6 +205,7 @@ def prepare(
     torch.backends.cudnn.deterministic = True
     place = spec.device if here else "cpu"
     model = loaded.target(registry, data, spec.target, results, place)
+    spec = spec.model_copy(update={"target": model.name})  # a place has a name of its own
     try:
         ddim_times(spec.sampling.steps, len(model.abar))
     except ValueError as error:
@@ -299,13 +274,14 @@ def run(cell: Cell) -> dict[str, Any]:
         record: dict[str, Any] = {
             "schema": SCHEMA,
             "id": cell.id,
-            "limited": bool(limits := departures(cell)),
-            "limited_by": limits,
+            "limited": bool(departs := departures(cell)),
+            "limited_by": departs,
             "identity": cell.identity,
             "calibration": calibration.to_dict(),
             "null": null_facts(null, keep, similarity),
             "scores": scores,
             "per_image": per_image(matches, calibration, similarity),
+            "incidence": incidence(matches, calibration, similarity),
             "attack": attack,
             "files": files,
         }
@@ -313,7 +289,10 @@ def run(cell: Cell) -> dict[str, Any]:
         record["results_sha256"] = seal(record)
         record["cost"] = cost_of(store.bill(cell.artifacts))
         record["provenance"] = provenance(
-            started, cell.spec.device, method_source_sha256=cell.method.source_sha256
+            started,
+            cell.spec.device,
+            method_source_sha256=cell.method.source_sha256,
+            **origin_of(cell.lab.target),
         )
         if cell.card.show_images:
             contact_sheet(
@@ -329,21 +308,7 @@ def run(cell: Cell) -> dict[str, Any]:
 
 def departures(cell: Cell) -> list[str]:
     """Where a run departs from its card: such records are marked and never enter a board."""
-    card, spec = cell.card.extraction, cell.spec
-    found = []
-    if spec.images_per_scale != card.images_per_scale:
-        found.append(f"{spec.images_per_scale} images per scale, not {card.images_per_scale}")
-    if cell.surrogate is not None and spec.guidance_scales != card.guidance_scales:
-        found.append(f"guidance scales {spec.guidance_scales}, not {card.guidance_scales}")
-    if spec.sampling != card.sampling:
-        found.append("other sampler settings")
-    if spec.label is not None:
-        found.append(f"label {spec.label} for every image")
-    if cell.similarity != cell.card.similarity:
-        found.append("another similarity than the card's")
-    if spec.attack_seed != 0:
-        found.append(f"attack seed {spec.attack_seed}, not 0")
-    return found
+    return limits.departures(cell.identity, cell.card, guided=cell.surrogate is not None)
 
 
 def _attack(cell: Cell, generated: Mapping[float, Generated]) -> dict[str, Any]:
