@@ -3,8 +3,8 @@
     python tests/benchmarks/sweep_overhead.py [CELLS] [ROUNDS]
 
 Every way gets a results folder of its own; the same records come out. Seconds of wall clock and of
-CPU (workers' too), medians of ROUNDS after a warm-up; `local` with one worker, so that the same work
-is done one by one, and its start (importing torch) is part of it.
+CPU (workers' too), medians of ROUNDS after a warm-up; `local` with one worker, so that the same
+work is done one by one, and its start (importing torch) is part of it.
 """
 
 from __future__ import annotations
