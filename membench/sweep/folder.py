@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from membench.errors import MembenchError
 from membench.files import read_json, replace_atomically
-from membench.specs import Spec, explain
+from membench.specs import explain
+from membench.specs_base import Spec
 from membench.store import MANIFEST as ARTIFACT
 from membench.store import part_marker
 from membench.sweep.specs import SweepSpec

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from membench.errors import MembenchError
+from membench.hub import names_place
 from membench.lab import Progress
 from membench.record import RECORD
 from membench.registry import Registry, unknown
@@ -124,9 +125,16 @@ def _targets(
 ) -> tuple[str, ...]:
     try:
         card = registry.card(dataset.name)
-        return dataset.targets or spec.targets or (card.default_target,)
     except MembenchError as error:
         raise MembenchError(f"{file}: datasets: {error}") from None
+    names = dataset.targets or spec.targets or (card.default_target,)
+    return tuple(_place(name, file) for name in names)
+
+
+def _place(name: str, file: Path) -> str:
+    """The name of a target; a folder or file beside the sweep file gets its whole path."""
+    beside = file.resolve().parent / name
+    return str(beside) if names_place(name) and beside.exists() else name
 
 
 def _options(
@@ -222,7 +230,8 @@ def _row(
 ) -> CellPlan:
     settings = ", ".join(f"{name}={value}" for name, value in options["settings"].items())
     method = options["method"] + (f"({settings})" if settings else "")
-    title = f"{method} on {options['dataset']}/{options['target']}, seed {options['seed']}"
+    target = made.spec.target if isinstance(made, Cell) else options["target"]
+    title = f"{method} on {options['dataset']}/{target}, seed {options['seed']}"
     if not isinstance(made, Cell):
         return CellPlan(options=options, title=title, failed=made[0], log=made[1])
     work = [artifact.planned for artifact in with_inputs(made.artifacts)]

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from membench.errors import MembenchError
-from membench.specs import Spec, explain
+from membench.specs import explain
+from membench.specs_base import Spec
 
 Setting = bool | int | float | str
 STAGES = ("check", "images", "classifier", "labels", "descriptors", "matches", "facts", "record",

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from membench.specs import Spec
+from membench.specs_base import Spec
 from membench.sweep.specs import Resources
 
 
