@@ -1,4 +1,4 @@
-"""The one exception that is shown to users."""
+"""The exceptions that are shown to users."""
 
 
 class MembenchError(Exception):
@@ -6,3 +6,7 @@ class MembenchError(Exception):
 
     The command line prints it without a traceback and leaves with exit code 2.
     """
+
+
+class DiskFull(MembenchError):
+    """There is no space left to write results; what is finished is kept."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from membench.errors import MembenchError
+from membench.errors import DiskFull, MembenchError
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same content gives the same bytes
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -25,16 +25,31 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIS
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock on `path`; waits for whoever holds it."""
+def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold an advisory lock on `path`; waits for whoever holds it. Shared ones do not exclude each
+    other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with open(path, "w") as stream:
+        try:
+            fcntl.flock(stream, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"membench: waiting for another process to finish {path.stem}", file=sys.stderr)
+            fcntl.flock(stream, kind)
+        yield
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Hold an advisory lock on `path`, unless another process does: True if it is ours."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"membench: waiting for another process to finish {path.stem}", file=sys.stderr)
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+            yield False
+        else:
+            yield True
 
 
 @contextmanager
@@ -55,8 +70,8 @@ def writing(folder: Path, option: str = "--results") -> Iterator[None]:
 def _refused(path: Path, error: OSError, option: str) -> MembenchError:
     if error.errno in _FULL:
         reason = "no space left on the disk; free some and run again, finished work is kept"
-    else:
-        reason = f"cannot be written ({error.strerror}); choose another folder with {option}"
+        return DiskFull(f"{path}: {reason}")
+    reason = f"cannot be written ({error.strerror}); choose another folder with {option}"
     return MembenchError(f"{path}: {reason}")
 
 

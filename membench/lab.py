@@ -32,7 +32,7 @@ from membench.hashing import content_hash, derive_seed
 from membench.matching import Matcher
 from membench.registry import Registry
 from membench.specs import DescriptorChoice, Sampling, Similarity
-from membench.store import PARTS, Artifact, Store, Work
+from membench.store import PARTS, Artifact, MakePart, Parts, Store, Work, part_marker
 
 VERSIONS = {
     "sampler": 1,
@@ -154,35 +154,46 @@ class Lab:
         title = title or (f"images at scale {guidance_scale:g}" if surrogate else "plain images")
         calls = count * sampling.steps
 
-        def make(folder: Path, work: Work) -> None:
+        size = sampling.batch_size
+        n_batches = -(-count // size)
+
+        def begin() -> tuple[np.ndarray, MakePart]:
             condition = None if surrogate is None else self.store.get(surrogate.classifier)
             labels = _draw_labels(seed, count, condition, label)
-            size, total = sampling.batch_size, GuidanceLog()
+
+            def batch(folder: Path, i: int) -> None:
+                rows = range(i * size, min((i + 1) * size, count))
+                began = time.monotonic()
+                pixels, norms = self.sample(
+                    rows,
+                    labels[rows.start : rows.stop],
+                    surrogate,
+                    condition,
+                    guidance_scale,
+                    seed,
+                    sampling,
+                )
+                marker = part_marker(folder, i)
+                write_array(marker.with_suffix(".npy"), pixels)
+                seconds = time.monotonic() - began
+                write_json(marker, {"seconds": seconds, "norms": norms.to_dict()})
+
+            return labels, batch
+
+        def make(folder: Path, work: Work) -> None:
+            labels, batch = begin()
+            total = GuidanceLog()
             with self.progress(title, count, "images") as advance:
-                for start in range(0, count, size):
-                    rows = range(start, min(start + size, count))
-                    part = folder / PARTS / f"batch-{start // size:06d}.npy"
-                    log = part.with_suffix(".json")
-                    if not log.is_file():
-                        began = time.monotonic()
-                        pixels, norms = self.sample(
-                            rows,
-                            labels[rows.start : rows.stop],
-                            surrogate,
-                            condition,
-                            guidance_scale,
-                            seed,
-                            sampling,
-                        )
-                        write_array(part, pixels)
-                        seconds = time.monotonic() - began
-                        write_json(log, {"seconds": seconds, "norms": norms.to_dict()})
-                    done = read_json(log)
+                for i in range(n_batches):
+                    if not part_marker(folder, i).is_file():
+                        batch(folder, i)
+                    done = read_json(part_marker(folder, i))
                     total.merge(GuidanceLog.from_dict(done["norms"]))
                     work.seconds += done["seconds"]
-                    advance(len(rows))
+                    advance(min(size, count - i * size))
             work.unet_calls, work.classifier_calls = calls, calls if surrogate else 0
-            write_joined(folder / IMAGES, sorted((folder / PARTS).glob("batch-*.npy")), count)
+            parts = [part_marker(folder, i).with_suffix(".npy") for i in range(n_batches)]
+            write_joined(folder / IMAGES, parts, count)
             write_array(folder / LABELS, labels)
             write_json(folder / REPORT, {t: entry["mean"] for t, entry in total.to_dict().items()})
 
@@ -198,6 +209,7 @@ class Lab:
             load,
             inputs=() if surrogate is None else (surrogate.classifier,),
             planned=Work(calls, calls if surrogate else 0),
+            parts=Parts(n_batches, lambda: begin()[1]),
         )
 
     def sample(

@@ -4,6 +4,9 @@ An artifact lives in `ROOT/artifacts/KIND/KEY/` with a manifest that names its i
 SHA-256 of every file. While it is made its folder ends in `.partial`; whoever makes it holds an
 advisory lock, which the operating system drops when the process dies, and finds there what a
 killed process had finished. A rename makes it whole.
+
+Some artifacts are made of parts that do not depend on each other (batches of images). Several
+processes can make them at a time, each under a lock of its own; whoever finishes last joins them.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from membench.errors import MembenchError
-from membench.files import locked, read_json, write_json, writing
+from membench.files import claimed, locked, read_json, write_json, writing
 from membench.hashing import content_hash, file_hash
 
 T = TypeVar("T")
+MakePart = Callable[[Path, int], None]
 MANIFEST = "artifact.json"
 PARTS = "parts"
 """Sub-folder for what a killed process leaves to the next; gone when the artifact is whole."""
@@ -35,6 +39,23 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """How an artifact's parts 0 .. count - 1 are made, in any order and by any process.
+
+    begin: loads what all parts need and returns a function that computes part i into a folder's
+    `PARTS` and writes `part_marker(folder, i)` last.
+    """
+
+    count: int
+    begin: Callable[[], MakePart]
+
+
+def part_marker(folder: Path, i: int) -> Path:
+    """The file that says that part `i` is whole; `folder` is the artifact's partial one."""
+    return folder / PARTS / f"batch-{i:06d}.json"
+
+
+@dataclass(frozen=True)
 class Artifact(Generic[T]):
     """Something computed once: a recipe, not yet a result.
 
@@ -42,6 +63,7 @@ class Artifact(Generic[T]):
     make: computes it into a folder, which may hold what a killed process left, and adds the model
     calls it took to the `Work` it is given (and the seconds, if it knows better than the clock).
     load: reads the value from the finished folder. planned: the calls it will take (`--dry-run`).
+    parts: how several processes can make it together; `make` takes what they left.
     """
 
     kind: str
@@ -51,6 +73,7 @@ class Artifact(Generic[T]):
     load: Callable[[Path], T]
     inputs: tuple[Artifact[Any], ...] = ()
     planned: Work = field(default_factory=Work)
+    parts: Parts | None = None
 
     @property
     def key(self) -> str:
@@ -78,6 +101,10 @@ class Store:
     def folder(self, artifact: Artifact[Any]) -> Path:
         return self.root / "artifacts" / artifact.kind / artifact.key[:32]
 
+    def partial(self, artifact: Artifact[Any]) -> Path:
+        """Where it is being made, if it is."""
+        return self.folder(artifact).with_suffix(".partial")
+
     def has(self, artifact: Artifact[Any]) -> bool:
         return (self.folder(artifact) / MANIFEST).is_file()
 
@@ -98,8 +125,48 @@ class Store:
             self._tidy(folder)
         return artifact.load(folder)
 
+    def make_parts(
+        self, artifact: Artifact[Any], which: range, progress: Callable[[int], None]
+    ) -> None:
+        """Make parts `which` of an artifact beside other processes; whoever is last joins all.
+
+        `progress(1)` after each part, also those that are there or made by another process.
+        """
+        assert artifact.parts is not None, f"{artifact.title} is not made of parts"
+        folder, partial = self.folder(artifact), self.partial(artifact)
+        if not self.has(artifact):
+            for item in artifact.inputs:
+                self.get(item)
+        with writing(folder.parent), locked(folder.with_suffix(".lock"), shared=True):
+            if not self.has(artifact):  # nobody makes it whole while the lock is held
+                (partial / PARTS).mkdir(parents=True, exist_ok=True)
+                self._make_parts(artifact.parts, partial, which, progress)
+        if all(part_marker(partial, i).is_file() for i in range(artifact.parts.count)):
+            self.get(artifact)
+
+    def _make_parts(
+        self, parts: Parts, partial: Path, which: range, progress: Callable[[int], None]
+    ) -> None:
+        make: MakePart | None = None
+        left = list(which)
+        while left:
+            others = []  # made by another process right now
+            for i in left:
+                marker = part_marker(partial, i)
+                with claimed(marker.with_suffix(".lock")) as mine:
+                    if mine and not marker.is_file():
+                        make = make or parts.begin()
+                        make(partial, i)
+                if mine or marker.is_file():
+                    progress(1)
+                else:
+                    others.append(i)
+            left = others
+            if left:
+                time.sleep(0.2)
+
     def _make(self, artifact: Artifact[Any], folder: Path) -> None:
-        partial = folder.with_suffix(".partial")
+        partial = self.partial(artifact)
         (partial / PARTS).mkdir(parents=True, exist_ok=True)
         (partial / MANIFEST).unlink(missing_ok=True)  # of a process killed before its rename
         work = Work()
@@ -142,7 +209,7 @@ class Store:
         """What `get` would do for these and their inputs, inputs first, each once."""
         return [
             Stage(artifact.title, artifact.key, self.has(artifact), artifact.planned)
-            for artifact in _with_inputs(artifacts)
+            for artifact in with_inputs(artifacts)
         ]
 
     def bill(self, artifacts: list[Artifact[Any]]) -> list[Stage]:
@@ -152,7 +219,7 @@ class Store:
         costs the same whichever run came first.
         """
         found = []
-        for artifact in _with_inputs(artifacts):
+        for artifact in with_inputs(artifacts):
             stage = self.stages.get(artifact.key)
             if stage is None and self.has(artifact):
                 work = Work(**read_json(self.folder(artifact) / MANIFEST)["work"])
@@ -162,7 +229,7 @@ class Store:
         return found
 
 
-def _with_inputs(artifacts: list[Artifact[Any]]) -> list[Artifact[Any]]:
+def with_inputs(artifacts: list[Artifact[Any]]) -> list[Artifact[Any]]:
     """Artifacts and all that goes into them, inputs first, each once."""
     seen: dict[str, Artifact[Any]] = {}
 
