@@ -117,7 +117,8 @@ def test_without_accounting_the_controller_is_believed_but_not_about_the_cause_o
     names, _, squeue = recorded("requeued")
     queue = read_squeue(squeue)
     assert judge(names["node_fail_lost"][0], {}, queue).cause == Cause.NODE
-    assert judge(names["error"][0], {}, queue).state == "unknown"
+    failed = judge(names["error"][0], {}, queue)
+    assert failed.cause == Cause.KILLED and failed.reason.endswith("accounting does not say how")
     assert judge("99999", {}, queue).cause == Cause.KILLED
 
 

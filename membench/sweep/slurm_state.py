@@ -169,13 +169,20 @@ def judge(job: str, runs: Mapping[str, list[Run]], queue: Mapping[str, InQueue] 
         return Report(state="failed", cause=cause, reason=reason)
     if now is not None:  # over, but accounting is late
         run = Run(now.state, 0, 0, now.node, "", 0)
-        if now.state == "FAILED":
-            return Report(state="unknown", reason="it failed; accounting does not yet say how")
+        if now.state == "FAILED":  # of an error in code, the attempt on disk tells
+            how = f"failed on {now.node}; accounting does not say how"
+            return Report(state="failed", cause=Cause.KILLED, reason=how)
         cause, reason = _ended(run)
         return Report(state="failed", cause=cause, reason=reason)
     if queue is None:
         return Report(state="unknown", reason="the controller does not answer")
     return Report(state="failed", cause=Cause.KILLED, reason=f"Slurm knows no job {job} any more")
+
+
+def ended_before(runs: list[Run]) -> tuple[Cause, str] | None:
+    """Why the run before the present one ended, if accounting remembers it."""
+    before = [run for run in runs if run.state not in ALIVE]
+    return _ended(before[-1]) if before else None
 
 
 def _waiting(now: InQueue, before: list[Run]) -> str:
