@@ -11,7 +11,8 @@ from rich.table import Table
 
 from membench.plugins import Descriptor, Method
 from membench.registry import Broken, Registry, Waiting, unknown
-from membench.specs import DataCard
+from membench.specs import DataCard, TargetRecipe
+from membench.specs_pretrained import Pretrained
 
 KINDS = ("methods", "descriptors", "datasets", "targets", "metrics")
 
@@ -67,15 +68,21 @@ def _card_row(card: DataCard | Broken | Waiting, registry: Registry) -> dict[str
     return {"kind": "dataset", "name": card.name, "title": card.title, "origin": origin}
 
 
+def _origin(card: DataCard, target: TargetRecipe | Pretrained) -> str:
+    if isinstance(target, Pretrained):
+        return f"pretrained: {target.pretrained}"
+    return "shipped weights" if target.weights else f"membench train {card.name}"
+
+
 def _target_rows(card: DataCard) -> list[dict[str, Any]]:
     found = [
         {
             "kind": "target",
             "name": f"{card.name}/{name}",
-            "title": recipe.title,
-            "origin": "shipped weights" if recipe.weights else f"membench train {card.name}",
+            "title": target.title,
+            "origin": _origin(card, target),
         }
-        for name, recipe in card.targets.items()
+        for name, target in card.targets.items()
     ]
     oracle = "copies a member at that rate, else a held-out image: the known answer"
     return [

@@ -15,6 +15,9 @@ import typer
 from membench import __version__
 from membench.errors import MembenchError
 from membench.experiments.cli import experiment_app
+from membench.submission_cli import add_commands
+from membench.sweep.cli import register
+from membench.targets_cli import targets_app
 
 if TYPE_CHECKING:
     from membench.registry import Registry
@@ -33,7 +36,14 @@ new_app = typer.Typer(no_args_is_help=True, help="Write a working template.")
 app.add_typer(board_app, name="leaderboard")
 app.add_typer(new_app, name="new")
 app.add_typer(experiment_app, name="experiment")
+register(app)
+app.add_typer(targets_app, name="targets")
+add_commands(app)
 
+TARGET_HELP = (
+    "Target of the card, oracle:RATE, or a pretrained one: folder, hub id or TOML file "
+    "[default: the card's]"
+)
 Plugins = Annotated[
     list[Path] | None,
     typer.Option(
@@ -68,7 +78,8 @@ def main() -> None:
     try:
         app()
     except MembenchError as error:
-        print(f"membench: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes that train, the first one
+            print(f"membench: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `membench list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -150,9 +161,7 @@ def info(
 def run(
     method: Annotated[str, typer.Option(help="Extraction method; see `membench list methods`.")],
     dataset: Annotated[str, typer.Option(help="Data set; see `membench list datasets`.")],
-    target: Annotated[
-        str | None, typer.Option(help="Target of the card, or oracle:RATE [default: the card's]")
-    ] = None,
+    target: Annotated[str | None, typer.Option(help=TARGET_HELP)] = None,
     guidance_scale: Annotated[
         str | None, typer.Option(help="One or more, as in 0.3,1 [default: the card's]")
     ] = None,
@@ -256,6 +265,17 @@ def _scales(text: str | None) -> tuple[float, ...] | None:
         ) from None
 
 
+def _whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise MembenchError(
+            f"{option} {text}: expected whole numbers parted by commas, as in 1000,5000"
+        ) from None
+
+
 def _settings(texts: list[str] | None) -> dict[str, str]:
     changes = {}
     for text in texts or ():
@@ -269,9 +289,7 @@ def _settings(texts: list[str] | None) -> dict[str, str]:
 @app.command()
 def diverge(
     dataset: Annotated[str, typer.Option(help="Data set; see `membench list datasets`.")],
-    target: Annotated[
-        str | None, typer.Option(help="Target of the card, or oracle:RATE [default: the card's]")
-    ] = None,
+    target: Annotated[str | None, typer.Option(help=TARGET_HELP)] = None,
     estimator: Annotated[str, typer.Option(help="pf_ode, elbo or knn.")] = "pf_ode",
     epsilon: Annotated[str, typer.Option(help="Widths e of the kernels.")] = "0.05,0.1,0.2",
     images: Annotated[
@@ -345,6 +363,14 @@ def train(
     dataset: Annotated[str, typer.Argument(help="Data set; see `membench list datasets`.")],
     target: Annotated[str, typer.Option(help="Target of the card whose recipe is followed.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16 [default: the recipe's, else float32]"),
+    ] = None,
+    snapshots: Annotated[
+        str | None,
+        typer.Option(help="Steps at which weights are kept, as in 1000,5000: targets NAME@STEP."),
+    ] = None,
     device: Device = "auto",
     results: Results = Path("results"),
     data: Data = None,
@@ -352,10 +378,13 @@ def train(
 ) -> None:
     """Train a target model by its card's recipe.
 
-    Writes weights, recipe, loss curve and memorised share over training (numbers and a picture)
+    Writes weights, recipe, losses and memorised share over training (numbers and a picture)
     to RESULTS/targets/DATASET/NAME; after a kill, `--resume` gives the same weights as without one.
 
     Example: `membench train fashion_mini --target ddpm`
+
+    On four GPUs: `accelerate launch --multi_gpu --num_processes 4 -m membench train celeba25k
+    --target ddpm --precision bfloat16`
     """
     registry = _registry(plugins, data)
     card = registry.card(dataset)
@@ -366,7 +395,16 @@ def train(
     from membench import training
 
     with _resumable():
-        training.train_target(registry, card, target, results, device=device, resume=resume)
+        training.train_target(
+            registry,
+            card,
+            target,
+            results,
+            device=device,
+            resume=resume,
+            precision=precision,
+            snapshots=_whole_numbers("--snapshots", snapshots),
+        )
 
 
 @app.command()
@@ -400,20 +438,6 @@ def prepare(
     )
     rate = done.decoded / done.seconds if done.seconds else 0.0
     print(f"{done.folder}: {counts}; {done.decoded:,} images decoded, {rate:,.0f} images/s")
-
-
-@app.command()
-def verify(
-    record: Annotated[Path, typer.Argument(help="A record.json or the folder it lies in.")],
-) -> None:
-    """Recompute every number of a record from its saved matches; fail on any difference.
-
-    Example: `membench verify results/runs/fashion_mini/ddpm/side_c-seed0-1234567890ab`
-    """
-    from membench.verify import verify_any
-
-    found = verify_any(record)
-    print(f"{record}: every number recomputed, all equal (id {found['id'][:12]})")
 
 
 @app.command()
@@ -491,32 +515,16 @@ def _similarity(
     dedup_reference: bool = False,
 ) -> Similarity | None:
     """The card's similarity with what was asked for changed; None if nothing was."""
-    changes = [descriptor, preset, input_size, flips or None, dedup_reference or None]
-    if all(change is None for change in changes):
-        return None
-    from pydantic import ValidationError
+    from membench.specs import changed_similarity
 
-    from membench.specs import Similarity, explain
-
-    fields = card.similarity.model_dump()
-    fields["flips"] |= flips
-    fields["dedup_reference"] |= dedup_reference
-    own = card.similarity.descriptor
-    if descriptor is None and own is None and (preset is not None or input_size is not None):
-        raise MembenchError("--preset, --input-size: name a --descriptor, this data set has none")
-    if descriptor is not None or (own is not None and (preset or input_size)):
-        choice = {} if own is None or descriptor is not None else own.model_dump()
-        if preset is not None or input_size is not None:
-            choice |= {"preset": preset, "input_size": input_size}
-        if descriptor is not None:
-            choice["name"] = descriptor
-        fields |= {"name": "sscd", "descriptor": choice}
-        if card.similarity.name != "sscd":
-            fields["band_modes"] = ()
-    try:
-        return Similarity.model_validate(fields)
-    except ValidationError as error:
-        raise MembenchError(f"--descriptor: {explain(error)}") from None
+    return changed_similarity(
+        card.similarity,
+        descriptor=descriptor,
+        preset=preset,
+        input_size=input_size,
+        flips=flips,
+        dedup_reference=dedup_reference,
+    )
 
 
 @app.command()
@@ -677,6 +685,21 @@ def new_descriptor(
     print(f"wrote {path}\ntest it: membench test {name} --plugins {folder}")
 
 
+@new_app.command("sweep")
+def new_sweep(
+    name: Annotated[str, typer.Argument(help="Name of the sweep and of its file.")],
+    folder: Annotated[Path, typer.Option("--dir", help="Where to write it.")] = Path(),
+) -> None:
+    """Write NAME.toml, a sweep of the five methods on fashion_mini with every option explained.
+
+    Example: `membench new sweep my_sweep`
+    """
+    from membench.templates import write_sweep
+
+    path = write_sweep(name, folder)
+    print(f"wrote {path}\nlook: membench sweep {path} --dry-run\nrun:  membench sweep {path}")
+
+
 @app.command("test")
 def test_(
     name: Annotated[str | None, typer.Argument(help="Method or descriptor [default: all]")] = None,
@@ -730,6 +753,29 @@ def leaderboard_check(folder: Boards = Path("leaderboards")) -> None:
     from membench.report.leaderboard import check
 
     print(f"{folder}: {check(folder)} files are what their records say")
+
+
+@board_app.command("diff")
+def leaderboard_diff(
+    records: Annotated[list[Path], typer.Argument(help="record.json files or their folders.")],
+    folder: Boards = Path("leaderboards"),
+    as_json: AsJson = False,
+) -> None:
+    """Show what records would change on the boards, without adding them.
+
+    Example: `membench leaderboard diff results/runs/fashion_mini/ddpm/side_c-seed3-1234567890ab`
+    """
+    from rich.console import Console
+
+    from membench.record import RECORD, read_record
+    from membench.report.diff import diff, report
+
+    files = [path / RECORD if path.is_dir() else path for path in records]
+    found = diff(folder, [read_record(file) for file in files])
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        Console().print(report(found))
 
 
 if __name__ == "__main__":

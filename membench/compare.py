@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -256,23 +257,28 @@ def _differences(first: _Outcome, second: _Outcome) -> dict[str, Difference]:
     return found | {"ums": unique_difference(unique, exclusive, images // len(unique))}
 
 
-def excess_against(rows: Sequence[Row], best: str, level: str) -> dict[str, Difference] | None:
-    """The excess AMS of `best` minus that of every other row, paired, in a headline band.
+def excess_by_pairs(rows: Sequence[Row], level: str) -> dict[tuple[str, str], Difference] | None:
+    """Excess AMS of every row minus that of every later one, paired, in a headline band.
 
-    Corrected together (`holm`). None where the rows cannot be paired: not the same seeds, no hits
-    by image in the records, or a band without a threshold.
+    Corrected together (`holm`). Rows that drew different numbers of images are paired on the first
+    ones: image i of a seed starts from the same noise at any N_G. None where the rows cannot be
+    paired: not the same seeds, no hits by image in the records, or a band without a threshold.
     """
-    headline = rows[0].records[0]["identity"].get("similarity", {}).get("band_modes", [None])[0]
+    first = rows[0].records[0]["identity"]
+    headline = first.get("similarity", {}).get("band_modes", [None])[0]
     if headline is None or not all(r.get("per_image") for row in rows for r in row.records):
         return None
     if any(sorted(row.seeds) != sorted(rows[0].seeds) for row in rows):
         return None
-    outcomes = {row.label: _outcome(row, headline, level, None, {}, headline) for row in rows}
-    if any(outcome is None for outcome in outcomes.values()):
-        return None
-    pairs = {
-        label: _differences(outcomes[best], outcome)["excess"]  # type: ignore[arg-type]
-        for label, outcome in outcomes.items()
-        if label != best and outcome is not None
-    }
-    return dict(zip(pairs, holm(list(pairs.values())), strict=True))
+    common = min(row.images for row in rows)
+    excess: dict[str, NDArray[np.int64]] = {}
+    for row in rows:
+        outcome = _outcome(row, headline, level, None, {}, headline)
+        if outcome is None:
+            return None
+        steps = outcome.members.astype(np.int64) - outcome.heldout
+        by_seed = steps.reshape(len(steps), len(row.seeds), row.images)[:, :, :common]
+        excess[row.label] = by_seed.reshape(len(steps), -1)
+    pairs = list(combinations(excess, 2))
+    found = holm([excess_difference(excess[a], excess[b]) for a, b in pairs])
+    return dict(zip(pairs, found, strict=True))

@@ -34,9 +34,10 @@ from membench.provenance import provenance
 from membench.record import seal
 from membench.registry import Registry
 from membench.report.divergence import draw_divergence
-from membench.run import resolve_device, resolve_target
+from membench.run import resolve_device
 from membench.specs import explain
 from membench.store import PARTS, Artifact, Store, Work
+from membench.targets import origin_of, resolve_target
 from membench.verify import differences
 
 SCHEMA = 1
@@ -153,7 +154,14 @@ def build_cell(spec: DivergenceSpec, lab: Lab) -> Cell:
     known: np.ndarray | None = getattr(target, "labels", None)
     if spec.marginal and known is None:
         raise MembenchError(f"--marginal: target {target.name} is not told any labels")
-    labels = overlap.set_labels(condition, known, lab.dataset, spec.seed)
+    asked = spec.estimator != "knn" and not spec.marginal  # for p(x | y)
+    if condition == "uniform" and asked:
+        raise MembenchError(
+            f"target {target.name} knows other classes than {card.name}, so its members have no "
+            "label: take --marginal, or --estimator knn"
+        )
+    uniform = condition == "uniform"
+    labels = None if uniform else overlap.set_labels(condition, known, lab.dataset, spec.seed)
     samples = lab.images(
         None,
         0.0,
@@ -267,7 +275,7 @@ def run(cell: Cell) -> dict[str, Any]:
             "unet_calls": sum(stage.work.unet_calls for stage in stages),
             "seconds": round(sum(stage.work.seconds for stage in stages), 3),
         }
-        record["provenance"] = provenance(started, cell.lab.device)
+        record["provenance"] = provenance(started, cell.lab.device, **origin_of(cell.lab.target))
         figure = draw_divergence(record)
         replace_atomically(folder / FIGURE, lambda path: path.write_text(figure, "utf-8"))
         write_json(folder / RECORD, record)

@@ -18,6 +18,7 @@ from membench.errors import MembenchError
 from membench.files import link_or_copy, locked, write_array, write_json, writing
 from membench.hashing import array_hash, canonical_json, content_hash, file_hash
 from membench.lab import Progress
+from membench.limits import ELSEWHERE
 from membench.matching import FACTS, MATCHES, Matcher
 from membench.metrics import METRIC_VERSIONS
 from membench.provenance import provenance
@@ -26,13 +27,12 @@ from membench.registry import Registry
 from membench.report import table
 from membench.report.contact_sheet import contact_sheet
 from membench.run import cost_of
-from membench.scoring import calibrate_from, null_facts, per_image, score_all
+from membench.scoring import calibrate_from, incidence, null_facts, per_image, score_all
 from membench.specs import Resize, Similarity
 from membench.store import Store
 
 SCALE = 0.0
 """Images from elsewhere stand where a run's guidance scale 0 does."""
-LIMITED = "images from elsewhere: membench did not draw them"
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,13 @@ def run(scoring: Scoring) -> dict[str, Any]:
             "schema": SCHEMA,
             "id": content_hash(identity),
             "limited": True,
-            "limited_by": [LIMITED],
+            "limited_by": [ELSEWHERE],
             "identity": identity,
             "calibration": calibration.to_dict(),
             "null": null_facts(null, keep, similarity),
             "scores": score_all(matches, calibration, similarity),
             "per_image": per_image(matches, calibration, similarity),
+            "incidence": incidence(matches, calibration, similarity),
             "attack": {"surrogate": None, "guidance_ratio": {}},
             "knn": knn,
             "files": {path.name: file_hash(path) for path in files},

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -26,6 +26,7 @@ from membench.diffusion.clusters import check_settings, cluster, describe
 from membench.diffusion.guidance import GuidanceLog, classifier_guidance
 from membench.diffusion.sampler import Guidance, ImageNoise, ddim, ddim_times, to_uint8
 from membench.diffusion.targets import Target
+from membench.diffusion.threads import torch_threads
 from membench.errors import MembenchError
 from membench.files import read_json, write_array, write_joined, write_json
 from membench.hashing import content_hash, derive_seed
@@ -159,7 +160,7 @@ class Lab:
 
         def begin() -> tuple[np.ndarray, MakePart]:
             condition = None if surrogate is None else self.store.get(surrogate.classifier)
-            labels = _draw_labels(seed, count, condition, label)
+            labels = draw_labels(seed, count, condition, label)
 
             def batch(folder: Path, i: int) -> None:
                 rows = range(i * size, min((i + 1) * size, count))
@@ -184,18 +185,18 @@ class Lab:
             labels, batch = begin()
             total = GuidanceLog()
             with self.progress(title, count, "images") as advance:
-                for i in range(n_batches):
-                    if not part_marker(folder, i).is_file():
-                        batch(folder, i)
+                for i in parts.make_all(folder, batch):
                     done = read_json(part_marker(folder, i))
                     total.merge(GuidanceLog.from_dict(done["norms"]))
                     work.seconds += done["seconds"]
                     advance(min(size, count - i * size))
             work.unet_calls, work.classifier_calls = calls, calls if surrogate else 0
-            parts = [part_marker(folder, i).with_suffix(".npy") for i in range(n_batches)]
-            write_joined(folder / IMAGES, parts, count)
+            pixels = [part_marker(folder, i).with_suffix(".npy") for i in range(n_batches)]
+            write_joined(folder / IMAGES, pixels, count)
             write_array(folder / LABELS, labels)
             write_json(folder / REPORT, {t: entry["mean"] for t, entry in total.to_dict().items()})
+
+        parts = Parts(n_batches, lambda: begin()[1], self._batches_at_a_time)
 
         def load(folder: Path) -> Generated:
             images = np.load(folder / IMAGES, mmap_mode="r")
@@ -209,8 +210,21 @@ class Lab:
             load,
             inputs=() if surrogate is None else (surrogate.classifier,),
             planned=Work(calls, calls if surrogate else 0),
-            parts=Parts(n_batches, lambda: begin()[1]),
+            parts=parts,
         )
+
+    @contextmanager
+    def _batches_at_a_time(self) -> Iterator[int]:
+        """How many batches are made at once: on the CPU, as many as torch has threads, each on one.
+
+        So no bit depends on the number of threads. At most 8, for their memory's sake.
+        """
+        if torch.device(self.device).type != "cpu":
+            yield 1
+            return
+        threads = torch.get_num_threads()
+        with torch_threads(1):
+            yield min(threads, 8)
 
     def sample(
         self,
@@ -310,6 +324,13 @@ class Lab:
         return Artifact(
             "classifier", f"classifier on {split}", identity, make, self._load_classifier
         )
+
+    def report(self, classifier: Artifact[Classifier]) -> dict[str, Any]:
+        """What was learnt while training a classifier; its network is not loaded if it is there."""
+        if not self.store.has(classifier):
+            return self.store.get(classifier).report
+        found: dict[str, Any] = read_json(self.store.folder(classifier) / REPORT)
+        return found
 
     def pseudo_labels(
         self, images: Artifact[Generated], classifier: Artifact[Classifier]
@@ -527,7 +548,7 @@ def steps_to(advance: Advance) -> Callable[[int, float], None]:
     return report
 
 
-def _draw_labels(
+def draw_labels(
     seed: int, count: int, condition: Classifier | None, label: int | None
 ) -> np.ndarray:
     """The target label of each image: fixed, or uniform from the image's own seed; -1 for none."""

@@ -26,7 +26,7 @@ from membench.files import replace_atomically
 from membench.hashing import derive_seed
 from membench.metrics import divergence
 from membench.metrics.divergence import Floats, Groups
-from membench.specs import Spec
+from membench.specs_base import Spec
 
 Side = Literal["members", "heldout"]
 SIDES: tuple[Side, Side] = ("members", "heldout")

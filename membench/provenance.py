@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -13,12 +14,15 @@ import torch
 
 from membench import __version__
 
+CODE_FILE = "code.json"
+"""Beside the package in a sweep's snapshot (`membench.sweep.snapshot`)."""
+
 
 def provenance(started: datetime, device: str, **more: Any) -> dict[str, Any]:
     """Versions, machine, threads and times, JSON-able; `more` stands among them."""
     return {
         "membench": __version__,
-        "git": _git(),
+        "git": git_commit(),
         **more,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -40,9 +44,15 @@ def _processor() -> str:
     return next(names, "unknown processor")
 
 
-def _git() -> dict[str, Any] | None:
-    """Commit and dirty flag of the checkout this code runs from; None for an installed package."""
+def git_commit() -> dict[str, Any] | None:
+    """Commit and dirty flag of the checkout this code is from; None for an installed package.
+
+    The snapshot that a sweep runs knows the checkout it was taken from.
+    """
     here = Path(__file__).parent
+    if (here.parent / CODE_FILE).is_file():
+        commit: dict[str, Any] | None = json.loads((here.parent / CODE_FILE).read_text())["git"]
+        return commit
 
     def ask(*arguments: str) -> str:
         command = ["git", "-C", str(here), *arguments]

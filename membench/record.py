@@ -10,8 +10,8 @@ from membench.errors import MembenchError
 from membench.files import read_json
 from membench.hashing import content_hash
 
-SCHEMA, CALIBRATION_SCHEMA = 2, 1
-"""Versions of the layouts of a run's record and of a calibration's."""
+SCHEMA, CALIBRATION_SCHEMA, DIVERGENCE_SCHEMA = 2, 1, 1
+"""Versions of the layouts of a run's record, of a calibration's and of a divergence's."""
 RECORD, SHEET, NULL = "record.json", "contact_sheet.png", "matches-heldout.npz"
 PARTS = ("identity", "calibration", "null", "scores", "per_image", "attack", "files")
 UNSEALED = ("results_sha256", "cost", "provenance")
@@ -50,17 +50,25 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def read_calibration(path: Path) -> dict[str, Any]:
     """A calibration record whose frame is sound; a `MembenchError` names what was edited."""
+    return _read_other(path, "calibration", CALIBRATION_SCHEMA, "calibrate again")
+
+
+def read_divergence(path: Path) -> dict[str, Any]:
+    """A divergence record whose frame is sound; a `MembenchError` names what was edited."""
+    return _read_other(path, "divergence", DIVERGENCE_SCHEMA, "run `membench diverge` again")
+
+
+def _read_other(path: Path, kind: str, schema: int, again: str) -> dict[str, Any]:
     record = read_json(path)
-    if not isinstance(record, dict) or record.get("kind") != "calibration":
-        raise MembenchError(f"{path}: not a calibration of membench")
-    if record.get("schema") != CALIBRATION_SCHEMA:
+    if not isinstance(record, dict) or record.get("kind") != kind:
+        raise MembenchError(f"{path}: not a {kind} of membench")
+    if record.get("schema") != schema:
         raise MembenchError(
-            f"{path}: schema {record.get('schema')!r}, this membench reads {CALIBRATION_SCHEMA}; "
-            "calibrate again"
+            f"{path}: schema {record.get('schema')!r}, this membench reads {schema}; {again}"
         )
     for part in ("id", "identity", "results", "files", "results_sha256", "provenance"):
         if part not in record:
-            raise MembenchError(f"{path}: no {part!r}: not a whole calibration")
+            raise MembenchError(f"{path}: no {part!r}: not a whole {kind}")
     if record["id"] != content_hash(record["identity"]):
         raise MembenchError(f"{path}: id is not the hash of identity: the record was edited")
     if record["results_sha256"] != seal(record):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from membench import limits
 from membench.allocator import keep_freed_memory
 from membench.data.imageset import Dataset, load_dataset
 from membench.diffusion.sampler import ddim_times
-from membench.diffusion.targets import OracleTarget, Target, load_unet_target, parse_oracle
-from membench.diffusion.train import WEIGHTS
+from membench.diffusion.targets import Target
 from membench.errors import MembenchError
 from membench.files import link_or_copy, locked, write_json, writing
 from membench.hashing import canonical_json, content_hash, file_hash
@@ -28,13 +28,14 @@ from membench.metrics import METRIC_VERSIONS
 from membench.plugins import Method
 from membench.provenance import provenance
 from membench.record import NULL, RECORD, SCHEMA, SHEET, seal
-from membench.registry import Registry, unknown
+from membench.registry import Registry
 from membench.report import table
 from membench.report.contact_sheet import contact_sheet
-from membench.scoring import calibrate_from, null_facts, per_image, score_all
+from membench.scoring import calibrate_from, incidence, null_facts, per_image, score_all
 from membench.similarity.matches import Matches
 from membench.specs import DataCard, RunSpec, Sampling, Similarity, explain
 from membench.store import Artifact, Stage, Store
+from membench.targets import origin_of, resolve_target
 
 
 @dataclass(frozen=True)
@@ -125,31 +126,26 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def resolve_target(
-    name: str, card: DataCard, dataset: Dataset, registry: Registry, results: Path, device: str
-) -> Target:
-    """A target by name: `oracle:RATE`, or one of the card's.
+class Loaded:
+    """Data sets and targets that one process has opened: cells of a sweep share them."""
 
-    Weights of a card's target are the shipped ones if the card names them, else those that
-    `membench train` left in the results folder.
-    """
-    rate = parse_oracle(name)
-    if rate is not None:
-        return OracleTarget(dataset, rate, device=device)
-    if name not in card.targets:
-        raise unknown(f"target of {card.name}", name, [*card.targets, "oracle:RATE"])
-    recipe = card.targets[name]
-    if recipe.weights is not None:
-        weights = registry.card_folder(card.name) / recipe.weights
-    else:
-        weights = results / "targets" / card.name / name / WEIGHTS
-        if not weights.is_file():
-            raise MembenchError(
-                f"target {name!r} of {card.name} has no weights yet ({weights} is missing); "
-                f"train it: membench train {card.name} --target {name}"
-            )
-    labels = dataset.members.labels
-    return load_unet_target(recipe, card.images, weights, device=device, name=name, labels=labels)
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], Any] = {}
+
+    def dataset(self, registry: Registry, name: str) -> Dataset:
+        """The data set of that name, checked when it is first asked for."""
+        folder = registry.data_folder(name)
+        return self._keep((name, folder), lambda: load_dataset(registry.card(name), folder))
+
+    def target(self, registry: Registry, data: Dataset, name: str, *more: Any) -> Target:
+        """A target of a data set, as `resolve_target` gives it; more: results, device."""
+        key = (data.card.name, name, *more)
+        return self._keep(key, lambda: resolve_target(name, data.card, data, registry, *more))
+
+    def _keep(self, key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
+        if key not in self._kept:
+            self._kept[key] = load()
+        return self._kept[key]
 
 
 def prepare(
@@ -171,11 +167,17 @@ def prepare(
     device: str = "auto",
     descriptor_weights: Path | None = None,
     similarity: Similarity | None = None,
+    here: bool = True,
+    loaded: Loaded | None = None,
 ) -> Cell:
-    """Resolve names and defaults into a cell; nothing is computed or written yet."""
+    """Resolve names and defaults into a cell; nothing is computed or written yet.
+
+    here: False only describes the cell for a `device` that another machine has; what needs none
+    (matches of pixels, the record) can be computed. loaded: what other cells have opened.
+    """
     plugin = registry.method(method)
-    card = registry.card(dataset)
-    data = load_dataset(card, registry.data_folder(dataset))
+    loaded = loaded or Loaded()
+    data = loaded.dataset(registry, dataset)
     card = data.card  # with what a prepared data set's manifest says
     defaults = card.extraction
     try:
@@ -194,14 +196,16 @@ def prepare(
             images_per_scale=images or defaults.images_per_scale,
             label=label,
             sampling=sampling,
-            device=resolve_device(device),
+            device=resolve_device(device) if here else device,
         )
     except ValidationError as error:
         raise MembenchError(explain(error)) from None
     keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # float32 is what the record says
     torch.backends.cudnn.deterministic = True
-    model = resolve_target(spec.target, card, data, registry, results, spec.device)
+    place = spec.device if here else "cpu"
+    model = loaded.target(registry, data, spec.target, results, place)
+    spec = spec.model_copy(update={"target": model.name})  # a place has a name of its own
     try:
         ddim_times(spec.sampling.steps, len(model.abar))
     except ValueError as error:
@@ -270,13 +274,14 @@ def run(cell: Cell) -> dict[str, Any]:
         record: dict[str, Any] = {
             "schema": SCHEMA,
             "id": cell.id,
-            "limited": bool(limits := departures(cell)),
-            "limited_by": limits,
+            "limited": bool(departs := departures(cell)),
+            "limited_by": departs,
             "identity": cell.identity,
             "calibration": calibration.to_dict(),
             "null": null_facts(null, keep, similarity),
             "scores": scores,
             "per_image": per_image(matches, calibration, similarity),
+            "incidence": incidence(matches, calibration, similarity),
             "attack": attack,
             "files": files,
         }
@@ -284,7 +289,10 @@ def run(cell: Cell) -> dict[str, Any]:
         record["results_sha256"] = seal(record)
         record["cost"] = cost_of(store.bill(cell.artifacts))
         record["provenance"] = provenance(
-            started, cell.spec.device, method_source_sha256=cell.method.source_sha256
+            started,
+            cell.spec.device,
+            method_source_sha256=cell.method.source_sha256,
+            **origin_of(cell.lab.target),
         )
         if cell.card.show_images:
             contact_sheet(
@@ -300,21 +308,7 @@ def run(cell: Cell) -> dict[str, Any]:
 
 def departures(cell: Cell) -> list[str]:
     """Where a run departs from its card: such records are marked and never enter a board."""
-    card, spec = cell.card.extraction, cell.spec
-    found = []
-    if spec.images_per_scale != card.images_per_scale:
-        found.append(f"{spec.images_per_scale} images per scale, not {card.images_per_scale}")
-    if cell.surrogate is not None and spec.guidance_scales != card.guidance_scales:
-        found.append(f"guidance scales {spec.guidance_scales}, not {card.guidance_scales}")
-    if spec.sampling != card.sampling:
-        found.append("other sampler settings")
-    if spec.label is not None:
-        found.append(f"label {spec.label} for every image")
-    if cell.similarity != cell.card.similarity:
-        found.append("another similarity than the card's")
-    if spec.attack_seed != 0:
-        found.append(f"attack seed {spec.attack_seed}, not 0")
-    return found
+    return limits.departures(cell.identity, cell.card, guided=cell.surrogate is not None)
 
 
 def _attack(cell: Cell, generated: Mapping[float, Generated]) -> dict[str, Any]:
@@ -324,7 +318,7 @@ def _attack(cell: Cell, generated: Mapping[float, Generated]) -> dict[str, Any]:
         "guidance_ratio": {f"{s:g}": images.report for s, images in generated.items()},
     }
     if cell.surrogate is not None and any(scale > 0 for scale in cell.images):
-        attack["classifier"] = cell.lab.store.get(cell.surrogate.classifier).report
+        attack["classifier"] = cell.lab.report(cell.surrogate.classifier)
     return attack
 
 

@@ -99,6 +99,38 @@ def per_image(
     return found
 
 
+def incidence(
+    matches: Mapping[float, Matches], calibration: Calibration, similarity: Similarity
+) -> dict[str, Any]:
+    """How often each reference is matched, for the headline bands: what rarefied UMS needs.
+
+    {level: {side: {scale: {"times": [...], "references": [...]}}}}: so many references are matched
+    by exactly so many images. Levels without a threshold and bands whose pairs are not all known
+    are missing.
+    """
+    found: dict[str, Any] = {}
+    measure = next(iter(matches.values())).measure
+    bands = measure.bands(similarity.band_modes[0], calibration.values)
+    for level in LEVELS:
+        band = bands[level]
+        if band is None:
+            continue
+        for scale, of_scale in matches.items():
+            for name in of_scale.sides:
+                counted = count_band(of_scale, name, band, similarity.match)
+                if not counted.known:
+                    continue
+                times, references = np.unique(
+                    counted.counts[counted.counts > 0], return_counts=True
+                )
+                sides = found.setdefault(level, {}).setdefault(name, {})
+                sides[f"{scale:g}"] = {
+                    "times": times.tolist(),
+                    "references": references.tolist(),
+                }
+    return found
+
+
 def pack_bits(values: NDArray[np.bool_]) -> str:
     """Truth values [Q] as base64 of bits, the first one highest."""
     return base64.b64encode(np.packbits(values).tobytes()).decode()

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from membench.errors import MembenchError
+from membench.specs_base import Spec
+from membench.specs_pretrained import Pretrained
 
 SPLITS = ("members", "auxiliary", "heldout")
-
-
-class Spec(BaseModel):
-    """Base of every description: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def identity(self) -> dict[str, Any]:
-        """Everything in it, JSON-able: what goes into hashes."""
-        return self.model_dump(mode="json")
 
 
 class Split(Spec):
@@ -212,6 +204,40 @@ class Similarity(Spec):
         return self
 
 
+def changed_similarity(
+    own: Similarity,
+    *,
+    descriptor: str | None = None,
+    preset: str | None = None,
+    input_size: int | None = None,
+    flips: bool = False,
+    dedup_reference: bool = False,
+) -> Similarity | None:
+    """A card's similarity with what was asked for changed; None if nothing was."""
+    changes = [descriptor, preset, input_size, flips or None, dedup_reference or None]
+    if all(change is None for change in changes):
+        return None
+    fields = own.model_dump()
+    fields["flips"] |= flips
+    fields["dedup_reference"] |= dedup_reference
+    if descriptor is None and own.descriptor is None and (preset or input_size) is not None:
+        raise MembenchError("--preset, --input-size: name a --descriptor, this data set has none")
+    if descriptor is not None or (own.descriptor is not None and (preset or input_size)):
+        inherits = own.descriptor is not None and descriptor is None
+        choice = own.descriptor.model_dump() if inherits and own.descriptor else {}
+        if preset is not None or input_size is not None:
+            choice |= {"preset": preset, "input_size": input_size}
+        if descriptor is not None:
+            choice["name"] = descriptor
+        fields |= {"name": "sscd", "descriptor": choice}
+        if own.name != "sscd":
+            fields["band_modes"] = ()
+    try:
+        return Similarity.model_validate(fields)
+    except ValidationError as error:
+        raise MembenchError(f"--descriptor: {explain(error)}") from None
+
+
 class Sampling(Spec):
     """How images are drawn from a target (spec section 2; all of it is recorded)."""
 
@@ -267,7 +293,9 @@ class Training(Spec):
     """Recipe of a target: noise prediction with AdamW, linear decay after warm-up, and an EMA.
 
     `stop_at` ends the run early and leaves the learning-rate schedule as it is, so that the same
-    recipe stopped earlier is a snapshot of the longer run, bit for bit.
+    recipe stopped earlier is a snapshot of the longer run, bit for bit. precision: of the forward
+    and backward pass (weights, optimiser and EMA stay float32). snapshots: steps at which the EMA
+    weights are kept.
     """
 
     steps: int = Field(gt=0)
@@ -283,6 +311,15 @@ class Training(Spec):
     checkpoint_every: int = Field(default=250, gt=0)
     evaluate_every: int = Field(default=2000, gt=0)
     evaluate_images: int = Field(default=256, gt=0)
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    snapshots: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _snapshots_are_reached(self) -> Training:
+        for step in self.snapshots:
+            if not 0 < step <= self.last_step:
+                raise ValueError(f"snapshots: {step} is no step of 1 to {self.last_step}")
+        return self
 
     @property
     def last_step(self) -> int:
@@ -320,6 +357,17 @@ class TargetRecipe(Spec):
     weights_sha256: str | None = None
 
 
+def _kind_of_target(data: Any) -> str:
+    known = "pretrained" in data if isinstance(data, dict) else isinstance(data, Pretrained)
+    return "<pretrained>" if known else "<recipe>"
+
+
+AnyTarget = Annotated[
+    Annotated[TargetRecipe, Tag("<recipe>")] | Annotated[Pretrained, Tag("<pretrained>")],
+    Discriminator(_kind_of_target),
+]
+
+
 class DataCard(Spec):
     """One data set of the benchmark: a TOML file in `datasets/`.
 
@@ -344,7 +392,7 @@ class DataCard(Spec):
     similarity: Similarity = Similarity()
     extraction: Extraction
     attack: Attack
-    targets: dict[str, TargetRecipe]
+    targets: dict[str, AnyTarget]
 
     @model_validator(mode="before")
     @classmethod
@@ -362,9 +410,33 @@ class DataCard(Spec):
                         f"targets.{name}.extends: no plain target named {target['extends']!r}"
                     )
                 own = {key: value for key, value in target.items() if key != "extends"}
+                if "pretrained" in own and "pretrained" not in base:
+                    raise ValueError(
+                        f"targets.{name}.extends: {target['extends']!r} is a recipe, which a "
+                        "pretrained target does not have"
+                    )
                 target = _merged({k: v for k, v in base.items() if "weights" not in k}, own)
             resolved[name] = target
         return {**data, "targets": resolved}
+
+    def recipe(self, name: str) -> TargetRecipe:
+        """The recipe of a target that membench trains; a pretrained one is a `MembenchError`."""
+        target = self.targets[name]
+        if isinstance(target, Pretrained):
+            raise MembenchError(
+                f"target {name!r} of {self.name} is pretrained ({target.pretrained}): "
+                "it has no recipe, and nothing to train"
+            )
+        return target
+
+    @property
+    def noise_recipe(self) -> TargetRecipe | None:
+        """Whose noise schedule a closed-form target takes: the default target's recipe.
+
+        Where that one is pretrained the first recipe of the card; None if there is no recipe.
+        """
+        targets = [self.targets[self.default_target], *self.targets.values()]
+        return next((target for target in targets if isinstance(target, TargetRecipe)), None)
 
     @model_validator(mode="after")
     def _default_target_exists(self) -> DataCard:
@@ -396,7 +468,7 @@ def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 def explain(error: ValidationError) -> str:
     """Pydantic's first complaint as `field: what is wrong`."""
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
+    field = ".".join(str(part) for part in first["loc"] if not str(part).startswith("<"))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown key"
@@ -447,7 +519,7 @@ class RunSpec(Spec):
     """One cell of the benchmark: method x mitigation x data set x target x seed, resolved."""
 
     method: str
-    parameters: dict[str, bool | int | float | str | None] = {}
+    parameters: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
     dataset: str
     target: str
     mitigation: None = None

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -43,11 +45,39 @@ class Parts:
     """How an artifact's parts 0 .. count - 1 are made, in any order and by any process.
 
     begin: loads what all parts need and returns a function that computes part i into a folder's
-    `PARTS` and writes `part_marker(folder, i)` last.
+    `PARTS` and writes `part_marker(folder, i)` last. session: what holds while parts are made; says
+    how many may be made at a time, by threads.
     """
 
     count: int
     begin: Callable[[], MakePart]
+    session: Callable[[], AbstractContextManager[int]] = lambda: nullcontext(1)
+
+    def make_all(self, folder: Path, make: MakePart) -> Iterator[int]:
+        """Make the parts that are not there; all come out in order, as soon as they are there."""
+
+        def one(i: int) -> None:
+            if not part_marker(folder, i).is_file():
+                make(folder, i)
+
+        with self.session() as at_a_time:
+            for i, _ in _each(range(self.count), one, at_a_time):
+                yield i
+
+
+def _each(
+    numbers: Iterable[int], work: Callable[[int], T], at_a_time: int
+) -> Iterator[tuple[int, T]]:
+    """Work on numbers, several at a time; results in order, and no more is begun after an error."""
+    if at_a_time == 1:
+        yield from ((i, work(i)) for i in numbers)
+        return
+    with ThreadPoolExecutor(at_a_time) as pool:
+        futures = [(i, pool.submit(work, i)) for i in numbers]
+        try:
+            yield from ((i, future.result()) for i, future in futures)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def part_marker(folder: Path, i: int) -> Path:
@@ -110,11 +140,15 @@ class Store:
 
     def get(self, artifact: Artifact[T]) -> T:
         """The artifact's value: read if it is there, else computed, its inputs first."""
+        return artifact.load(self.ensure(artifact))
+
+    def ensure(self, artifact: Artifact[Any]) -> Path:
+        """The artifact's folder, whole and checked: made, its inputs first, if it was not there."""
         folder = self.folder(artifact)
         cached = self.has(artifact)
         if not cached:
             for item in artifact.inputs:
-                self.get(item)
+                self.ensure(item)
             with writing(folder.parent), locked(folder.with_suffix(".lock")):
                 cached = self.has(artifact)
                 if not cached:
@@ -123,7 +157,7 @@ class Store:
             work = Work(**self.check(folder)["work"])
             self.stages[artifact.key] = Stage(artifact.title, artifact.key, cached, work)
             self._tidy(folder)
-        return artifact.load(folder)
+        return folder
 
     def make_parts(
         self, artifact: Artifact[Any], which: range, progress: Callable[[int], None]
@@ -136,34 +170,41 @@ class Store:
         folder, partial = self.folder(artifact), self.partial(artifact)
         if not self.has(artifact):
             for item in artifact.inputs:
-                self.get(item)
+                self.ensure(item)
         with writing(folder.parent), locked(folder.with_suffix(".lock"), shared=True):
             if not self.has(artifact):  # nobody makes it whole while the lock is held
                 (partial / PARTS).mkdir(parents=True, exist_ok=True)
                 self._make_parts(artifact.parts, partial, which, progress)
         if all(part_marker(partial, i).is_file() for i in range(artifact.parts.count)):
-            self.get(artifact)
+            self.ensure(artifact)
 
     def _make_parts(
         self, parts: Parts, partial: Path, which: range, progress: Callable[[int], None]
     ) -> None:
-        make: MakePart | None = None
-        left = list(which)
-        while left:
-            others = []  # made by another process right now
-            for i in left:
-                marker = part_marker(partial, i)
-                with claimed(marker.with_suffix(".lock")) as mine:
-                    if mine and not marker.is_file():
-                        make = make or parts.begin()
-                        make(partial, i)
-                if mine or marker.is_file():
-                    progress(1)
-                else:
-                    others.append(i)
-            left = others
-            if left:
-                time.sleep(0.2)
+        left = [i for i in which if not part_marker(partial, i).is_file()]
+        progress(len(which) - len(left))
+        if not left:
+            return
+        make = parts.begin()
+
+        def one(i: int) -> bool:
+            marker = part_marker(partial, i)
+            with claimed(marker.with_suffix(".lock")) as mine:
+                if mine and not marker.is_file():
+                    make(partial, i)
+            return mine or marker.is_file()
+
+        with parts.session() as at_a_time:
+            while left:
+                others = []  # made by another process right now
+                for i, there in _each(left, one, at_a_time):
+                    if there:
+                        progress(1)
+                    else:
+                        others.append(i)
+                left = others
+                if left:
+                    time.sleep(0.2)
 
     def _make(self, artifact: Artifact[Any], folder: Path) -> None:
         partial = self.partial(artifact)

@@ -1,4 +1,4 @@
-"""`membench new method NAME` and `new descriptor NAME`: files that work as they are."""
+"""`membench new method | descriptor | sweep NAME`: files that work as they are."""
 
 from __future__ import annotations
 
@@ -62,6 +62,55 @@ def {name}(setup: Setup) -> Describe:
 '''
 
 
+SWEEP = """# {title}: a sweep of membench; see it with `membench sweep {name}.toml --dry-run`.
+# Paths are relative to this file. What is left out is the data set's default.
+
+datasets = ["fashion_mini"] # or {{ name = "cifar10", targets = ["ddpm"] }}
+targets = ["ddpm"]          # of every data set above; without it, each card's default
+methods = [
+    "random",
+    "ol_ti",
+    "side_o",
+    "side_a",
+    {{ name = "side_c", parameters = {{ n_clusters = 100 }} }}, # also images, steps, ...
+]
+mitigations = ["none"]
+seeds = [0]
+# guidance_scales = [0.1, 0.3]
+# images = 512      # per scale
+# steps = 50
+# batch_size = 64
+# attack_seed = 0   # of synthetic set, classifiers and clusters
+# device = "auto"   # cpu, cuda
+# plugins = ["."]   # folders with your own methods, descriptors and cards
+# data = "data"     # folder of prepared data sets
+# descriptor_weights = "sscd.pt"
+
+# [similarity]      # as the options of `membench run`
+# flips = true
+# descriptor = "sscd_onnx"
+
+executor = "local"  # inline: in one process; local: one a GPU, else one a core; slurm
+shards = 2          # tasks that share the images of one scale; any number gives the same bits
+retries = 2         # of tasks that were killed, ran out of memory or of time, or lost their node
+# concurrency = 8   # tasks at a time
+
+[resources.default] # of one task of any stage
+cpus = 1
+# memory = 8        # GiB
+# minutes = 60      # then it stops at a batch boundary and goes on in another attempt
+# partition = "gpu"
+# account = "project"
+# constraint = "a100"
+# extra = {{ qos = "long" }} # more options of sbatch
+
+# Stages: check, images, classifier, labels, descriptors, matches, facts, record, board.
+# [resources.images]
+# gpus = 1
+# concurrency = 4
+"""
+
+
 def write_method(name: str, folder: Path) -> Path:
     """Write the template as FOLDER/NAME.py; refuses to replace a file."""
     return _write("method", name, folder, METHOD)
@@ -72,13 +121,18 @@ def write_descriptor(name: str, folder: Path) -> Path:
     return _write("descriptor", name, folder, DESCRIPTOR)
 
 
-def _write(kind: str, name: str, folder: Path, template: str) -> Path:
-    example = {"method": "my_attack", "descriptor": "my_descriptor"}[kind]
+def write_sweep(name: str, folder: Path) -> Path:
+    """Write the template as FOLDER/NAME.toml; refuses to replace a file."""
+    return _write("sweep", name, folder, SWEEP, ".toml")
+
+
+def _write(kind: str, name: str, folder: Path, template: str, suffix: str = ".py") -> Path:
+    example = {"method": "my_attack", "descriptor": "my_descriptor", "sweep": "my_sweep"}[kind]
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise MembenchError(
             f"{name!r}: a {kind}'s name is a Python name in small letters, as in {example}"
         )
-    path = folder / f"{name}.py"
+    path = folder / f"{name}{suffix}"
     with writing(folder):
         try:
             with open(path, "x", encoding="utf-8") as stream:

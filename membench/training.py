@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,13 +22,14 @@ from rich.progress import (
 from membench.allocator import keep_freed_memory
 from membench.data.imageset import Dataset, load_dataset
 from membench.diffusion.train import WEIGHTS, Probe, train
+from membench.errors import MembenchError
 from membench.files import locked, writing
 from membench.metrics.image import ratio_hits
 from membench.registry import Registry
 from membench.report.figures import draw_training
 from membench.run import resolve_device
 from membench.similarity.search import nearest
-from membench.specs import DataCard
+from membench.specs import DataCard, TargetRecipe, Training, explain
 
 
 def memorised_share(dataset: Dataset) -> Probe:
@@ -47,6 +51,18 @@ def memorised_share(dataset: Dataset) -> Probe:
     return probe
 
 
+def _adjusted(
+    recipe: TargetRecipe, precision: str | None, snapshots: tuple[int, ...] | None
+) -> TargetRecipe:
+    asked = {"precision": precision, "snapshots": snapshots}
+    changes = {key: value for key, value in asked.items() if value is not None}
+    try:
+        training = Training.model_validate(recipe.training.model_dump() | changes)
+    except ValidationError as error:
+        raise MembenchError(f"--{explain(error)}") from None
+    return recipe.model_copy(update={"training": training})
+
+
 def train_target(
     registry: Registry,
     card: DataCard,
@@ -55,16 +71,23 @@ def train_target(
     *,
     device: str,
     resume: bool,
+    precision: str | None = None,
+    snapshots: tuple[int, ...] | None = None,
 ) -> Path:
-    """Train one target of a card and return its folder."""
+    """Train one target of a card and return its folder.
+
+    precision, snapshots: in place of the recipe's (`membench.specs.Training`). Under
+    `accelerate launch` every process calls this; only the first one writes and speaks.
+    """
     keep_freed_memory()
-    recipe = card.targets[name]
+    recipe = _adjusted(card.recipe(name), precision, snapshots)
+    main = os.environ.get("RANK", "0") == "0"
     dataset = load_dataset(card, registry.data_folder(card.name))
     card = dataset.card  # with what a prepared data set's manifest says
     members_sha256 = card.splits.members.images_sha256
     assert members_sha256 is not None, "load_dataset completes the card"
     folder = results / "targets" / card.name / name
-    console = Console()
+    console = Console(quiet=not main)
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
@@ -78,7 +101,7 @@ def train_target(
     steps = recipe.training.last_step
     with (
         writing(folder),
-        locked(folder / ".lock"),
+        locked(folder / ".lock") if main else nullcontext(),
         Progress(
             *columns, console=console, disable=not console.is_terminal, speed_estimate_period=300
         ) as progress,
@@ -97,23 +120,25 @@ def train_target(
                 f"step {step}: d1/d2 < 1/3 in {found['l2_ratio_members']:.1%} of {len(images)} "
                 f"samples (held-out {found['l2_ratio_heldout']:.1%})",
                 highlight=False,
+                soft_wrap=True,
             )
             return found
 
         log = train(
             recipe,
             card.images,
-            dataset.members.images,
+            dataset.members,
+            dataset.heldout_twin,
             members_sha256,
             folder,
-            labels=np.asarray(dataset.members.labels),
             probe=probe,
             resume=resume,
             device=resolve_device(device),
             report=report,
         )
-        picture = draw_training(log["curve"], f"{card.name} / {name}")
-        (folder / "training.svg").write_text(picture, encoding="utf-8")
+        if main:
+            picture = draw_training(log["curve"], f"{card.name} / {name}")
+            (folder / "training.svg").write_text(picture, encoding="utf-8")
     console.print(
         f"{folder / WEIGHTS}: {log['parameters']:,} parameters, "
         f"SHA-256 {log['weights_sha256']}, {log['seconds']:.0f} s of training",

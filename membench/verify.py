@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from membench.hashing import file_hash
 from membench.matching import FACTS, Facts
 from membench.metrics import METRIC_VERSIONS
 from membench.record import NULL, RECORD, read_record
-from membench.scoring import calibrate_from, null_facts, per_image, score_all
+from membench.scoring import calibrate_from, incidence, null_facts, per_image, score_all
 from membench.similarity.matches import Matches
 from membench.specs import Similarity, explain
+from membench.submission import SUBMISSION, read_submission
 
 
 def verify_any(path: Path) -> dict[str, Any]:
@@ -48,33 +49,38 @@ def verify_any(path: Path) -> dict[str, Any]:
 def verify(path: Path) -> dict[str, Any]:
     """Check the record of a run (its JSON file or its folder) and return it.
 
-    The id must be the hash of the identity, every file must have its hash, and calibration and
-    scores, computed again from the matches, must be equal to the last bit. Raises `MembenchError`
-    naming the first thing that differs.
+    The id must be the hash of the identity, every file must have its hash (a submission may lack
+    its images), and calibration and scores, computed again from the matches, must be equal to the
+    last bit. Raises `MembenchError` naming the first thing that differs.
     """
     path = path / RECORD if path.is_dir() else path
+    absent: Collection[str] = ()
+    if (path.parent / SUBMISSION).is_file():
+        absent = read_submission(path.parent).absent
     record = read_record(path)
     try:
-        _verify(path, record)
+        _verify(path, record, absent)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MembenchError(f"{path}: not a whole record ({error!r})") from None
     return record
 
 
-def check_files(path: Path, record: dict[str, Any]) -> None:
-    """Whether every file that a record names lies beside it, unchanged."""
+def check_files(path: Path, record: dict[str, Any], absent: Collection[str] = ()) -> None:
+    """Whether every file that a record names lies beside it, unchanged; `absent` may be missing."""
     folder = path.parent
     for name, expected in record["files"].items():
         file = folder / name
         if "/" in name or name.startswith("."):
             raise MembenchError(f"{path}: files: {name!r} is not a plain file name")
+        if not file.is_file() and name in absent:
+            continue
         if not file.is_file():
             raise MembenchError(f"{file}: missing; {path.name} names it, keep them in one folder")
         if file_hash(file) != expected:
             raise MembenchError(f"{file}: truncated or changed: its SHA-256 is not the record's")
 
 
-def _verify(path: Path, record: dict[str, Any]) -> None:
+def _verify(path: Path, record: dict[str, Any], absent: Collection[str]) -> None:
     versions = record["identity"]["metrics"]
     if versions != dict(METRIC_VERSIONS):
         raise MembenchError(
@@ -82,7 +88,7 @@ def _verify(path: Path, record: dict[str, Any]) -> None:
             f"{dict(METRIC_VERSIONS)}; use the membench that made it, or run again"
         )
     folder = path.parent
-    check_files(path, record)
+    check_files(path, record, absent)
     identity = record["identity"]
     try:
         similarity = Similarity.model_validate(identity["similarity"])
@@ -106,6 +112,8 @@ def _verify(path: Path, record: dict[str, Any]) -> None:
     compare(path, "null", record["null"], null_facts(null, keep, similarity))
     compare(path, "scores", record["scores"], score_all(matches, calibration, similarity))
     compare(path, "per_image", record["per_image"], per_image(matches, calibration, similarity))
+    if "incidence" in record:  # records of before UMS could be rarefied have none
+        compare(path, "incidence", record["incidence"], incidence(matches, calibration, similarity))
 
 
 def _named(path: Path, record: dict[str, Any]) -> Path:

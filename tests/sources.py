@@ -210,6 +210,12 @@ def card(name: str, **changes: Any) -> DataCard:
 
 SMALL: Mapping[str, dict[str, Any]] = {
     "cifar10": {"count": 36, "draw__auxiliary__count": 2, "draw__heldout__count": 4},
+    "cifar10_mini": {
+        "count": 36,
+        "draw__members__count": 8,
+        "draw__auxiliary__count": 10,
+        "draw__heldout__count": 6,
+    },
     "celeba": {"count": 25},
     "celeba25k": {"count": 25, "draw__members__count": 9},
     "celebahq_fi": {"count": 20, "draw__auxiliary__count": 2, "draw__heldout__count": 2},

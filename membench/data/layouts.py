@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
@@ -21,7 +22,6 @@ from membench.data.containers import (
     TARS,
     ZIPS,
     Container,
-    Folder,
     is_image,
     open_container,
     read_file,
@@ -121,6 +121,9 @@ class ByName(Files):
             yield rows[name], name, payload
 
 
+SOLUTION = "LOC_val_solution.csv"
+
+
 class ImageNet(ByName, ClassFolders):
     """ILSVRC 2012 or Imagenette, unpacked; the file's name says if it was for training.
 
@@ -129,24 +132,19 @@ class ImageNet(ByName, ClassFolders):
     `LOC_val_solution.csv`.
     """
 
-    def __init__(self, container: Container, folders: tuple[str, ...]):
-        super().__init__(container, folders)
-        self.solution = self._solution()
-
-    def _solution(self) -> dict[str, str]:
-        if not isinstance(self.container, Folder):
+    @cached_property
+    def solution(self) -> dict[str, str]:
+        """Name of a flat validation image -> class, of the list beside the images or in the archive
+        (Kaggle's zip has it at the top)."""
+        beside = self.source.parent / SOLUTION
+        names = [name for name, _ in self.container.files() if PurePosixPath(name).name == SOLUTION]
+        if names:
+            text = read_file(self.container, min(names, key=len)).decode("utf-8")
+        elif beside.is_file():
+            text = beside.read_text(encoding="utf-8")
+        else:
             return {}
-        path = next(
-            (
-                p
-                for p in (self.source, self.source.parent)
-                if (p / "LOC_val_solution.csv").is_file()
-            ),
-            None,
-        )
-        if path is None:
-            return {}
-        lines = (path / "LOC_val_solution.csv").read_text(encoding="utf-8").splitlines()[1:]
+        lines = text.splitlines()[1:]
         pairs = (line.replace(",", " ").split() for line in lines if line.strip())
         return {pair[0]: pair[1] for pair in pairs if len(pair) > 1}
 
@@ -158,7 +156,7 @@ class ImageNet(ByName, ClassFolders):
             if label is None:
                 raise MembenchError(
                     f"{self.source}: {name}: image without label: put it into its class folder, or "
-                    "LOC_val_solution.csv into the source"
+                    f"{SOLUTION} into or beside the source"
                 )
             if self.folders and label not in self.folders:
                 return None

@@ -11,7 +11,7 @@ eq. 39), and the density of y changes along it by the trace of its Jacobian:
     dy / dsigma = eps(x_t, t),    d log p(y) / dsigma = - tr d eps / d y = - sqrt(abar) tr J,
 
 J = d eps / d x_t. So only t(sigma) is needed of the schedule. The T discrete timesteps are made
-continuous by letting log abar be linear in t between integers (`targets.abar_at`), and the U-Net's
+continuous by letting log abar be linear in t between integers (`eps.abar_at`), and the U-Net's
 time embedding takes the real t. From sigma_0 (t = 0) to sigma_T (t = T - 1), where x_T is taken as
 N(0, I):
 

@@ -8,12 +8,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from membench.data.imageset import Dataset
+from membench.diffusion.eps import abar_at as abar_at
 from membench.diffusion.sampler import EpsModel, from_uint8
-from membench.diffusion.unet import build_unet, condition_labels, schedule_abar
+from membench.diffusion.unet import NoiseSchedule, build_unet, condition_labels, schedule_abar
+from membench.diffusion.weights import read_safetensors as read_safetensors
 from membench.errors import MembenchError
 from membench.hashing import array_hash, derive_seed, file_hash
 from membench.specs import Images, TargetRecipe
@@ -52,26 +53,6 @@ class DensityTarget(Target, Protocol):
         labels: int64 [B], the condition of each image; None if the target takes none.
         """
         ...
-
-
-def abar_at(abar: Sequence[float], t: Tensor) -> Tensor:
-    """abar at real timesteps t [B]: log abar is linear between neighbouring integers; float64."""
-    log_abar = torch.tensor(abar, dtype=torch.float64, device=t.device).log()
-    below = t.floor().long().clamp(0, max(len(abar) - 2, 0))
-    above = (below + 1).clamp(max=len(abar) - 1)
-    return torch.lerp(log_abar[below], log_abar[above], t.double() - below).exp()
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file; `MembenchError` where it is missing or damaged."""
-    if not path.is_file():
-        raise MembenchError(f"{path}: no such weights file")
-    try:
-        with safe_open(path, framework="pt") as stream:
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-            return tensors, stream.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise MembenchError(f"{path}: truncated or not a safetensors file ({error})") from None
 
 
 def load_strictly(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
@@ -302,7 +283,7 @@ class OracleTarget:
     Image i of run `seed` follows the closed form of `dataset.members` with probability `rate` and
     that of `dataset.heldout_rest` otherwise, decided by `derive_seed(seed, "oracle", i)`; the
     held-out twin stays out of it, so that its column shows the false-match level. The noise
-    schedule is that of the card's default target.
+    schedule is that of the card's default target (`DataCard.noise_recipe`), else the linear one.
     """
 
     def __init__(
@@ -314,9 +295,9 @@ class OracleTarget:
         device: torch.device | str = "cpu",
     ):
         card = dataset.card
-        recipe = card.targets[card.default_target]
+        schedule = card.noise_recipe or NoiseSchedule()
         self.name, self.rate = f"{ORACLE}:{rate:g}", rate
-        self.shape, self.abar = card.images.shape, schedule_abar(recipe)
+        self.shape, self.abar = card.images.shape, schedule_abar(schedule)
         self.device = torch.device(device)
         if rate < 1 and not len(dataset.heldout_rest):
             raise MembenchError(
@@ -346,8 +327,8 @@ class OracleTarget:
             "heldout_images_sha256": card.splits.heldout.images_sha256,
             "heldout_rows": [len(dataset.members), len(dataset.heldout)],
             "prediction_type": "epsilon",
-            "beta_schedule": recipe.beta_schedule,
-            "train_timesteps": recipe.train_timesteps,
+            "beta_schedule": schedule.beta_schedule,
+            "train_timesteps": schedule.train_timesteps,
         }
 
     def copies_member(self, seed: int, index: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import nn
@@ -42,7 +44,15 @@ def condition_labels(
     return np.random.default_rng(seed).integers(len(images.classes), size=len(labels))
 
 
-def schedule_abar(recipe: TargetRecipe) -> list[float]:
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The schedule of a recipe, for targets that have none."""
+
+    train_timesteps: int = 1000
+    beta_schedule: str = "linear"
+
+
+def schedule_abar(recipe: TargetRecipe | NoiseSchedule) -> list[float]:
     """abar_t for t = 0 .. T - 1."""
     scheduler = DDPMScheduler(
         num_train_timesteps=recipe.train_timesteps, beta_schedule=recipe.beta_schedule

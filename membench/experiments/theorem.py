@@ -77,11 +77,11 @@ def theorem(
     targets: the unconditional one first; by default those of `fashion_mini` trained for it.
     """
     models = targets or TARGETS
-    recipes = registry.card(dataset).targets
+    card = registry.card(dataset)
     rows: list[dict[str, Any]] = []
     found: list[_Found] = []
     for model, target in models.items():
-        conditional = target in recipes and recipes[target].condition != "none"
+        conditional = target in card.targets and card.recipe(target).condition != "none"
         for estimator in estimators:
             jobs = [("p(x | y)" if conditional else "p(x)", images, False)]
             if estimator == "elbo" and conditional:

@@ -154,15 +154,21 @@ def draw_curves(panels: list[dict[str, Any]]) -> str:
 
 
 def draw_training(curve: Sequence[dict[str, float]], title: str) -> str:
-    """Loss, distance to the nearest image, and memorised share over a training.
+    """Losses, distance to the nearest image, and memorised share over a training.
 
     curve: one point per evaluation, as `membench.training.memorised_share` and the trainer give it.
     """
     plt = new_pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9), layout="constrained")
     steps = [point["step"] for point in curve]
-    axes[0].plot(steps, [point["loss"] for point in curve], ".-", color=MEMBER)
-    axes[0].set_title(f"{short(title)}: training loss", loc="left")
+    if all("noise_loss_members" in point for point in curve):
+        for side, colour in (("members", MEMBER), ("heldout", HELDOUT)):
+            losses = [point[f"noise_loss_{side}"] for point in curve]
+            axes[0].plot(steps, losses, ".-", color=colour)
+        axes[0].set_title(f"{short(title)}: noise loss", loc="left")
+    else:  # trained before the noise loss of both sides was kept
+        axes[0].plot(steps, [point["loss"] for point in curve], ".-", color=MEMBER)
+        axes[0].set_title(f"{short(title)}: training loss", loc="left")
     for axis, key, factor, text in (
         (axes[1], "rmse", 1, "RMSE to the nearest image, median"),
         (axes[2], "l2_ratio", 100, "d1/d2 < 1/3, % of samples"),

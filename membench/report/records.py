@@ -13,6 +13,7 @@ from membench.errors import MembenchError
 from membench.hashing import canonical_json
 from membench.metrics.invariants import check_invariants
 from membench.record import read_record
+from membench.report.rarefied import rarefied_ums
 
 Record = Mapping[str, Any]
 
@@ -23,7 +24,6 @@ _APART = (
     "similarity",
     "descriptor",
     "metrics",
-    "images_per_scale",
     "mitigation",
 )
 _POOLED = ("seed", "attack_seed", "artifacts")
@@ -52,10 +52,20 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """One method with one set of parameters: its runs, which differ in nothing but the seed."""
+    """One method with one set of parameters: its runs, which differ in nothing but the seed.
+
+    ums_images: how many images per scale and seed UMS is given at, to be the same in a section;
+    None for as many as were drawn.
+    """
 
     label: str
     records: tuple[Record, ...]
+    ums_images: int | None = None
+
+    @property
+    def images(self) -> int:
+        """N_G of one guidance scale and seed."""
+        return int(self.records[0]["identity"]["images_per_scale"])
 
     @property
     def seeds(self) -> list[int]:
@@ -73,11 +83,23 @@ class Row:
     def band(
         self, mode: str, band: str, side: str, metric: str = "ams", scale: str | None = None
     ) -> Estimate | None:
-        """For instance AMS of `members` in the `mid` band of mode `calibrated`."""
+        """For instance AMS of `members` in the `mid` band of mode `calibrated`.
+
+        UMS is rarefied to `ums_images`; None where the records cannot say what it is there.
+        """
+        if metric == "ums" and self.ums_images not in (None, self.images):
+            return self._rarefied(mode, band, side, scale)
         found = [s["bands"].get(mode, {}).get(band, {}).get(side) for s in self.scores(scale)]
         if any(part is None or part.get(metric) is None for part in found):
             return None
         return pooled((part[metric], part.get(f"{metric}_interval")) for part in found)
+
+    def _rarefied(self, mode: str, band: str, side: str, scale: str | None) -> Estimate | None:
+        headline = self.records[0]["identity"]["similarity"]["band_modes"][0]
+        if mode != headline or self.ums_images is None:
+            return None
+        found = [rarefied_ums(r, band, side, self.ums_images, scale) for r in self.records]
+        return None if any(part is None for part in found) else pooled(p for p in found if p)
 
     def plain(self, *keys: str) -> Estimate | None:
         """A figure of the average over scales, found by its keys: `plain("l2_ratio", "excess")`."""
@@ -92,7 +114,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """What can be compared: one target of one data set, scored alike, with one N_G per scale."""
+    """What can be compared: one target of one data set, scored alike; UMS at a common N_G."""
 
     identity: Record
     rows: tuple[Row, ...]
@@ -100,6 +122,18 @@ class Section:
     @property
     def target(self) -> str:
         return str(self.identity["target"]["name"])
+
+    @property
+    def mitigation(self) -> str | None:
+        found = self.identity.get("mitigation")
+        if not found:
+            return None
+        return str(found["name"]) if isinstance(found, Mapping) and "name" in found else str(found)
+
+    @property
+    def ums_images(self) -> int:
+        """Images per scale and seed at which UMS stands in this section."""
+        return min(row.images for row in self.rows)
 
 
 def pooled(parts: Iterable[tuple[float, Sequence[float] | None]]) -> Estimate:
@@ -184,7 +218,8 @@ def sections(records: Iterable[Record]) -> list[Section]:
         for group in methods.values():
             _refuse_twins(group)
         runs = [tuple(sorted(group, key=_by_seed)) for _, group in sorted(methods.items())]
-        rows = tuple(Row(_label(group, runs), group) for group in runs)
+        common = min(run[0]["identity"]["images_per_scale"] for run in runs)
+        rows = tuple(Row(_label(group, runs), group, common) for group in runs)
         found.append(Section(json.loads(apart), tuple(sorted(rows, key=lambda row: row.label))))
     return sorted(found, key=lambda s: (s.target, canonical_json(s.identity)))
 

@@ -2,8 +2,9 @@
 
 A sweep is a folder, `RESULTS/sweeps/NAME-ID/`, that any machine with access to it can ask:
 
-    sweep.json               the manifest: cells, tasks, resources, hash of the code; never rewritten
+    sweep.json               the manifest: cells, tasks, resources, hash of the code; written once
     code/                    the snapshot that workers run (`membench.sweep.snapshot`)
+    executor                 the name of the executor that started it last
     cancelled                there while the sweep is cancelled: no task starts, running ones stop
     tasks/TASK/lock          held (flock) by the worker while it runs the task
     tasks/TASK/submitted.json  written by an executor that queued the task: job, time, executor
@@ -27,14 +28,15 @@ one (`slurm`) queues the whole graph at once and returns: `Task.needs` are depen
 (Slurm's afterok), `Task.after` on the end, however it comes (afterany). A dependency that is not
 among `tasks` is done already. A job runs
 
-    PYTHONPATH=SWEEP/code python -m membench.sweep.worker SWEEP TASK
+    PYTHONPATH=SWEEP/code python -P -m membench.sweep.worker SWEEP TASK
 
-or calls `membench.sweep.worker.work(SWEEP, TASK)`, which is the same without a new process. It
-returns, and the process exits with, one of `membench.sweep.tasks.EXIT`: 0 done (also when there was
-nothing left to do), 75 stopped at a batch boundary after SIGTERM or SIGUSR2, to be run again, else
-by cause. A worker that dies without a word leaves an attempt in state `running` whose lock nobody
-holds. An executor that knows why says so: `Sweep.close(task, cause, reason)` ends the attempt; else
-it counts as killed. `Sweep.attempts_left(task)` says whether a cause may be retried. An executor
-that queues calls `Sweep.submitted(task, executor, job)` for every task, `Task.resources` says what
-to ask for, and `Sweep.code` is what belongs on PYTHONPATH.
+(`-P`: else a checkout in the current folder comes before the snapshot) or, in a process that has
+the snapshot on its path, calls `membench.sweep.worker.work(SWEEP, TASK, redirect=True)`. Either
+returns one of `membench.sweep.tasks.EXIT`: 0 done (also when there was nothing left to do), 75
+stopped at a batch boundary after SIGTERM or SIGUSR2, to be run again, else by cause. A worker that
+dies without a word leaves an attempt in state `running` whose lock nobody holds. An executor that
+knows why says so: `Sweep.close(task, cause, reason)` ends the attempt; else it counts as killed.
+`Sweep.attempts_left(task)` says whether a task may be tried again. An executor that queues calls
+`Sweep.submitted(task, executor, job)` for every task, `Task.resources` says what to ask for, and
+`Sweep.code` is what belongs on PYTHONPATH.
 """

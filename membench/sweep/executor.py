@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -9,6 +10,8 @@ from membench.errors import MembenchError
 from membench.sweep.tasks import Report, Task
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from membench.sweep.folder import Sweep
 
 NAMES = ("inline", "local", "slurm")
@@ -36,18 +39,24 @@ class Executor(Protocol):
         """Take `tasks` out of the queue and stop those that run; the flag is set already."""
 
 
-def executor(name: str, *, jobs: int | None = None) -> Executor:
-    """The executor of that name; jobs: the most tasks at a time (None: what the machine has)."""
+def executor(name: str, *, jobs: int | None = None, console: Console | None = None) -> Executor:
+    """The executor of that name; jobs: the most tasks at a time (None: what the machine has).
+
+    console: where an attached one tells what it does; None is silence.
+    """
     if name == "inline":
         from membench.sweep.inline import Inline
 
-        return Inline()
+        return Inline(console)
     if name == "local":
         from membench.sweep.local import Local
 
-        return Local(jobs)
+        return Local(jobs, console)
     if name == "slurm":
-        from membench.sweep.slurm import Slurm  # type: ignore[import-not-found]
-
-        return Slurm(jobs)  # type: ignore[no-any-return]
+        try:
+            slurm = importlib.import_module("membench.sweep.slurm")
+        except ModuleNotFoundError:
+            raise MembenchError("--executor slurm: not in this membench yet") from None
+        found: Executor = slurm.Slurm(jobs, console)
+        return found
     raise MembenchError(f"--executor {name}: expected one of {', '.join(NAMES)}")

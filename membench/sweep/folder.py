@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from membench.errors import MembenchError
 from membench.files import read_json, replace_atomically
-from membench.specs import Spec, explain
+from membench.specs import explain
+from membench.specs_base import Spec
 from membench.store import MANIFEST as ARTIFACT
 from membench.store import part_marker
 from membench.sweep.specs import SweepSpec
@@ -33,7 +34,7 @@ from membench.sweep.tasks import (
 
 SCHEMA = 1
 SWEEPS, MANIFEST, CODE, TASKS, CANCELLED = "sweeps", "sweep.json", "code", "tasks", "cancelled"
-SUMMARY, BOARD = "summary", "board"
+SUMMARY, BOARD, EXECUTOR = "summary", "board", "executor"
 LOCK, SUBMITTED = "lock", "submitted.json"
 ENDLESS = 100
 """Attempts of one task, stopped ones included, after which nobody believes in progress."""
@@ -105,7 +106,7 @@ class Sweep:
     def done(self, task: Task) -> bool:
         """Whether the task's product is there; nobody's word counts."""
         if task.product is None:
-            return any(attempt.state == "done" for attempt in self.attempts(task))
+            return any(a.state == "done" and not a.forgiven for a in self.attempts(task))
         return product_is_there(self.results, task.product)
 
     def attempts(self, task: Task) -> list[Attempt]:
@@ -122,6 +123,10 @@ class Sweep:
         except BlockingIOError:
             return True
         return False
+
+    def needed(self) -> set[str]:
+        """Tasks that the missing records rest on: those behind a product that is there are not."""
+        return needed_of(self.tasks, self.done)
 
     @property
     def cancelled(self) -> bool:
@@ -229,11 +234,18 @@ class Sweep:
         reports: what the executor's queue says; results and attempts on disk come first.
         """
         found: dict[str, Status] = {}
+        needed = self.needed()
         for task in self.tasks.values():
-            found[task.id] = self._status(task, found, (reports or {}).get(task.id))
+            if task.id in needed:
+                found[task.id] = self.status(task, found, (reports or {}).get(task.id))
+            else:
+                found[task.id] = _status(task, "done", self.attempts(task))
         return found
 
-    def _status(self, task: Task, before: Mapping[str, Status], report: Report | None) -> Status:
+    def status(
+        self, task: Task, before: Mapping[str, Status], report: Report | None = None
+    ) -> Status:
+        """What has become of one task, given what has of those `before` it."""
         attempts = self.attempts(task)
         last = attempts[-1] if attempts else None
         if self.done(task):
@@ -294,6 +306,18 @@ def _status(
     return Status(
         task=task.id, state=state, cause=cause, reason=reason, attempts=len(attempts), last=last
     )
+
+
+def needed_of(tasks: Mapping[str, Task], done: Callable[[Task], bool]) -> set[str]:
+    """Ids of the tasks that missing records rest on; the board is always one."""
+    found: set[str] = set()
+    waiting = [task for task in tasks.values() if task.stage in ("record", "board")]
+    while waiting:
+        task = waiting.pop()
+        if task.id not in found and not done(task):
+            found.add(task.id)
+            waiting += [tasks[need] for need in task.needs]
+    return found
 
 
 def product_is_there(results: Path, product: Product) -> bool:

@@ -1,4 +1,4 @@
-"""The sweep file: which cells, in how many shards, with which resources. Unknown keys are refused."""
+"""The sweep file: which cells, in how many shards, with which resources."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from membench.errors import MembenchError
-from membench.specs import Spec, explain
+from membench.specs import explain
+from membench.specs_base import Spec
 
 Setting = bool | int | float | str
 STAGES = ("check", "images", "classifier", "labels", "descriptors", "matches", "facts", "record",
@@ -21,8 +22,8 @@ class Resources(Spec):
     """What one task of a stage asks for.
 
     gpus, cpus: of one task; a worker uses `cpus` threads. memory: in GiB. minutes: a task that
-    takes longer is stopped at a batch boundary and goes on in another attempt. concurrency: how many
-    tasks of this stage run at a time. extra: options of sbatch, as in { qos = "long" }. Only
+    takes longer is stopped at a batch boundary and goes on in another attempt. concurrency: how
+    many tasks of this stage run at a time. extra: options of sbatch, as in { qos = "long" }. Only
     `slurm` looks at partition, account, constraint, memory and extra.
     """
 
@@ -34,7 +35,7 @@ class Resources(Spec):
     partition: str | None = None
     account: str | None = None
     constraint: str | None = None
-    extra: dict[str, Setting] = {}
+    extra: dict[str, Setting] = Field(default_factory=dict)
 
 
 def _named(value: Any) -> Any:
@@ -45,7 +46,7 @@ class MethodChoice(Spec):
     """A method and what it does differently from the rest of the sweep."""
 
     name: str
-    parameters: dict[str, Setting] = {}
+    parameters: dict[str, Setting] = Field(default_factory=dict)
     guidance_scales: tuple[float, ...] | None = None
     images: int | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, gt=0)
@@ -107,7 +108,7 @@ class SweepSpec(Spec):
     plugins: tuple[str, ...] = ()
     data: str | None = None
     descriptor_weights: str | None = None
-    resources: dict[str, Resources] = {}
+    resources: dict[str, Resources] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod

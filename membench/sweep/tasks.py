@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from membench.specs import Spec
+from membench.specs_base import Spec
 from membench.sweep.specs import Resources
 
 
@@ -75,9 +75,9 @@ class Task(Spec):
 class CellPlan(Spec):
     """One row of the sweep: options of `membench.run.prepare`, and what they came to.
 
-    id, folder: of the record (folder below the results). failed: why the cell cannot be planned (its
-    plugin is broken), with `log`, the end of the traceback. calls: model calls of this cell alone, in
-    an empty results folder: (U-Net, classifier).
+    id, folder: of the record (folder below the results). failed: why the cell cannot be planned
+    (its plugin is broken), with `log`, the end of the traceback. calls: model calls of this cell
+    alone, in an empty results folder: (U-Net, classifier).
     """
 
     options: dict[str, Any]
