@@ -41,13 +41,18 @@ class Cluster:
         self.folder = folder
         self.environment = {
             "MEMBENCH_SLURM_DIR": str(folder),
+            "MEMBENCH_SLURM_MAX_ARRAY": "4",
             "SLURM_CONF": str(folder / "etc" / "slurm.conf"),
         }
 
     def up(self) -> subprocess.CompletedProcess[str]:
         with open(self.folder.with_suffix(".log"), "a") as log:  # daemons keep what they are given
             return subprocess.run(
-                [HERE / "up.sh"], stdout=log, stderr=log, text=True, env=os.environ | self.environment
+                [HERE / "up.sh"],
+                stdout=log,
+                stderr=log,
+                text=True,
+                env=os.environ | self.environment,
             )
 
     def down(self) -> None:
@@ -159,7 +164,9 @@ class Trial:
         """Tasks of a stage that a live worker has, with the attempt it is at."""
         tasks = [task for task in self.sweep.tasks.values() if task.stage == stage]
         found = [(task, self.sweep.attempts(task)) for task in tasks]
-        return [(t, a[-1]) for t, a in found if a and a[-1].state == "running" and self.sweep.held(t)]
+        return [
+            (t, a[-1]) for t, a in found if a and a[-1].state == "running" and self.sweep.held(t)
+        ]
 
     def finish(self, seconds: float = 150) -> None:
         """Wait until no job of the sweep is in the queue."""

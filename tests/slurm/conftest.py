@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cluster import UNAVAILABLE, Cluster, Trial
 
+from membench.files import read_json
+
 TABLE = "MEMBENCH_FAULT_TABLE"
 """Environment variable: the file for the table of what each fault cost (Markdown)."""
 HEAD = ("event", "what happened", "work lost, s", "until it went on, s", "computed twice")
@@ -24,7 +26,9 @@ HEAD = ("event", "what happened", "work lost, s", "until it went on, s", "comput
 def cluster() -> Iterator[Cluster]:
     """Three nodes; skips, with the script's reason, where they cannot be had."""
     place = Path(tempfile.mkdtemp(prefix="membench-slurm-"))
-    place.chmod(0o755)  # munge wants its socket to be reachable for all, which pytest's folders are not
+    place.chmod(
+        0o755
+    )  # munge wants its socket to be reachable for all, which pytest's folders are not
     found = Cluster(place / "cluster")
     code = found.up().returncode
     if code == UNAVAILABLE:
@@ -55,10 +59,11 @@ def trial(cluster: Cluster, tmp_path: Path, shared: Path) -> Iterator[Trial]:
     shutil.copytree(shared, found.results / "artifacts")
     yield found
     cluster.up()  # whatever the fault has stopped
-    for name in ("facts", "null"):
-        for path in (found.results / "artifacts" / name).glob("*/"):
-            if not (shared / name / path.name).exists():
-                shutil.copytree(path, shared / name / path.name)
+    for path in (found.results / "artifacts").glob("*/*/artifact.json"):
+        place = shared / path.parent.relative_to(found.results / "artifacts")
+        titles = ("near-duplicates", "calibration")
+        if read_json(path)["title"] in titles and not place.exists():
+            shutil.copytree(path.parent, place)
 
 
 @pytest.fixture(scope="session")
