@@ -4,9 +4,9 @@
 elements of one array, cut to the cluster's MaxArraySize.
 
 **Dependencies** are `afterany`, and each job looks for its inputs itself (`slurm_job`). With
-`afterok`, an array, which has one dependency for all its elements, would lose them all to one failed
-cell, and a job whose dependency failed would wait for ever. What is lost is one second of a job that
-finds an input missing.
+`afterok`, an array, which has one dependency for all its elements, would lose them all to one
+failed cell, and a job whose dependency failed would wait for ever. What is lost is one second of a
+job that finds an input missing.
 
 **Caps.** `%N` holds one array; arrays under one cap follow each other.
 

@@ -1,9 +1,9 @@
 """What runs inside a Slurm job: a small process that starts the worker, watches it, and requeues.
 
 The worker is a child process, so that whatever kills it (SIGKILL, a crash in C code, the kernel for
-its memory) leaves somebody to write down the cause and, if the cause lies outside the code and tries
-are left, to have Slurm start the job again. Signals go on to the worker, which stops at a batch
-boundary; what it has made lies in the results folder, so that there is nothing else to checkpoint.
+its memory) leaves somebody to write down the cause and, if the cause lies outside the code and
+tries are left, to have Slurm start the job again. Signals go on to the worker, which stops at a
+batch boundary; what it has made lies in the results folder: there is nothing else to checkpoint.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def job_name() -> str:
 
 
 def retry(sweep: Sweep, last: Sequence[Task]) -> bool:
-    """Queue again what may be tried again, and another last job after it; False: nothing is left."""
+    """Queue again what may be tried again, and another last job; False: nothing is left."""
     from membench.sweep.slurm import Slurm
 
     slurm, names = Slurm(), {task.id for task in last}

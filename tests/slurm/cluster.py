@@ -205,10 +205,18 @@ def _toml(content: dict[str, Any], place: str = "") -> Iterator[str]:
     tables = {key: value for key, value in content.items() if isinstance(value, dict)}
     for key, value in content.items():
         if key not in tables:
-            yield f"{key} = {json.dumps(value)}"
+            yield f"{key} = {_inline(value)}"
     for key, value in tables.items():
         yield f"\n[{place}{key}]"
         yield from _toml(value, f"{place}{key}.")
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_inline, value))}]"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{k} = {_inline(v)}' for k, v in value.items())} }}"
+    return json.dumps(value)
 
 
 def sbatch(*options: str, command: str) -> str:
