@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -53,10 +52,7 @@ def executor(name: str, *, jobs: int | None = None, console: Console | None = No
 
         return Local(jobs, console)
     if name == "slurm":
-        try:
-            slurm = importlib.import_module("membench.sweep.slurm")
-        except ModuleNotFoundError:
-            raise MembenchError("--executor slurm: not in this membench yet") from None
-        found: Executor = slurm.Slurm(jobs, console)
-        return found
+        from membench.sweep.slurm import Slurm
+
+        return Slurm(jobs, console)
     raise MembenchError(f"--executor {name}: expected one of {', '.join(NAMES)}")
