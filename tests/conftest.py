@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: each, and what it starts, on one thread
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from membench.contract import silent, small_dataset
 from membench.data.imageset import Dataset, load_dataset
 from membench.diffusion.targets import OracleTarget
