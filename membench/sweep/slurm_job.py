@@ -109,12 +109,17 @@ def supervise(sweep: Sweep, task: Task) -> int:
 def _account_for_the_dead(sweep: Sweep, task: Task, job: str) -> bool:
     """Give an attempt that a lost node or a preemption ended its cause; False: no try is left."""
     attempts = sweep.attempts(task)
-    if attempts and attempts[-1].state == "running" and not sweep.held(task):
+    last, again = attempts[-1] if attempts else None, os.environ.get("SLURM_RESTART_COUNT", "0")
+    if last is not None and last.state == "running" and not sweep.held(task):
         cause, reason = Cause.KILLED, "its process is gone and left no word"
-        if int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+        if again != "0":
             runs, _ = known([job_name()])
             cause, reason = ended_before(runs.get(job_name(), [])) or (cause, reason)
         sweep.close(task, cause, reason)
+    elif last is not None and last.cause is Cause.CANCELLED and again != "0":
+        # Slurm took the job down and up again: nobody had cancelled it.
+        change = {"cause": Cause.KILLED, "reason": "ended by Slurm, which started it again"}
+        sweep.write(task, last.model_copy(update=change))
     return not attempts or sweep.attempts_left(task)
 
 
@@ -142,7 +147,7 @@ def _stopped(sweep: Sweep, task: Task, job: str) -> int:
     """The worker stopped at a batch boundary: by scancel for good, else the job goes on later."""
     if sweep.cancelled:
         return EXIT[Cause.CANCELLED]
-    if own_state(job) == "CANCELLED":
+    if _is_cancelled(job):
         sweep.close(task, Cause.CANCELLED, f"job {job_name()} was cancelled")
         return EXIT[Cause.CANCELLED]
     attempts = sweep.attempts(task)
@@ -154,6 +159,16 @@ def _stopped(sweep: Sweep, task: Task, job: str) -> int:
     if sweep.attempts_left(task):
         _requeue(sweep, task, job)
     return STOPPED
+
+
+def _is_cancelled(job: str) -> bool:
+    """Whether somebody has ended this job for good: Slurm is ending it, but gave no warning.
+
+    A job that is warned of its limit, or of a preemption, runs on for a while; after that, Slurm
+    ends it, too.
+    """
+    ending = own_state(job) in ("CANCELLED", "COMPLETING")
+    return ending and signal.SIGUSR2 not in _received and not is_preempted(job)
 
 
 def _requeue(sweep: Sweep, task: Task, job: str) -> None:

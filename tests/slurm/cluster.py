@@ -79,16 +79,21 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
 
 
+def processes_with(setting: str) -> list[int]:
+    """Processes that were started with this in their environment."""
+    found = []
+    for place in Path("/proc").iterdir():
+        with suppress(OSError):
+            if place.name.isdigit() and setting.encode() in (place / "environ").read_bytes().split(
+                b"\0"
+            ):
+                found.append(int(place.name))
+    return found
+
+
 def processes_of(node: str) -> Iterator[int]:
     """Everything that jobs run on a node, their slurmstepd first."""
-    workers = []
-    mark = f"SLURMD_NODENAME={node}".encode()
-    for place in Path("/proc").iterdir():
-        if not place.name.isdigit():
-            continue
-        with suppress(OSError):
-            if mark in (place / "environ").read_bytes().split(b"\0"):
-                workers.append(int(place.name))
+    workers = processes_with(f"SLURMD_NODENAME={node}")
     parents = {parent_of(pid) for pid in workers}
     for pid in parents:
         with suppress(OSError):

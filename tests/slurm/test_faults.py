@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster, Trial, sbatch, shell, wait_until
+from cluster import Cluster, Trial, processes_with, sbatch, shell, wait_until
 
 from membench.errors import MembenchError
 from membench.files import read_json
@@ -121,7 +121,9 @@ def test_kill_9(trial, fault_table, whole):
     task, attempt = trial.running()[0]
     at = time.time()
     if whole:  # nobody is left in the job to write anything down
-        shell("scancel", "--signal=KILL", attempt.job)
+        (raw,) = {line["job"] for line in trial.batches("begin") if line["pid"] == attempt.pid}
+        for pid in processes_with(f"SLURM_JOB_ID={raw}"):
+            os.kill(pid, signal.SIGKILL)
     else:
         os.kill(attempt.pid, signal.SIGKILL)
     trial.finish()
