@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 
 from membench.errors import MembenchError
 from membench.similarity.pages import SPAN, blocks, gather, release
+from membench.similarity.pairs import LONGEST, Kernel, compiled
 
 Array = NDArray[Any]
 
@@ -50,6 +51,8 @@ PENDING = 12  # candidates kept per query, in multiples of k, before they are pr
 _SMOOTH = 0.9  # share of the squared distance that patches must keep to be worth a try
 USEFUL = 1 / 32  # share of pairs left to refine beyond which patches cost more than they save
 _REFINED = 64  # pairs refined at a time: their rows stay in the cache
+_COMPILED = 2**14  # pairs from which on a compiled kernel is worth loading
+_COMPILED_AT_ONCE = 1024
 PAIR_BYTES = 52  # working memory of one pair of a tile, if every pair survives
 
 
@@ -178,7 +181,12 @@ def sharpest(
 
 def _sample(x: Array, n: int) -> Array:
     """At most n rows, evenly spread."""
-    return gather(x, np.arange(0, len(x), -(-len(x) // n)))
+    return gather(x, evenly_spread(len(x), n))
+
+
+def evenly_spread(total: int, n: int) -> NDArray[np.int64]:
+    """At most n of `total` rows, evenly spread."""
+    return np.arange(0, total, -(-total // n))
 
 
 def refine(found: Candidates, queries: Array, reference: Array) -> NDArray[np.float64]:
@@ -186,16 +194,33 @@ def refine(found: Candidates, queries: Array, reference: Array) -> NDArray[np.fl
     squared = np.empty(len(found))
     order = np.argsort(found.index)
     row_bytes = n_features(reference) * reference.itemsize
+    run = _kernel(len(found), queries, reference)
+    pairs_at_once = _REFINED if run is None else _COMPILED_AT_ONCE
     first = 0  # row from which on pages are in memory
-    for start in range(0, len(found), _REFINED):
-        pairs = order[start : start + _REFINED]
-        rows = flat_rows(gather(reference, found.index[pairs]))
-        squared[pairs] = squared_l2(rows, flat_rows(queries[found.query[pairs]]))
-        last = int(found.index[pairs[-1]]) + 1
-        if (last - first) * row_bytes > SPAN or start + _REFINED >= len(found):
+    for start in range(0, len(found), pairs_at_once):
+        pairs = order[start : start + pairs_at_once]
+        query, index = found.query[pairs], found.index[pairs]
+        if run is None:
+            rows = flat_rows(gather(reference, index))
+            squared[pairs] = squared_l2(rows, flat_rows(queries[query]))
+        else:
+            values = np.empty(len(pairs))
+            run(flat_rows(queries), flat_rows(reference), query, index, values)
+            squared[pairs] = values
+        last = int(index[-1]) + 1
+        if (last - first) * row_bytes > SPAN or start + pairs_at_once >= len(found):
             release(reference[first:last])
             first = last - 1
     return squared
+
+
+def _kernel(n_pairs: int, queries: Array, reference: Array) -> Kernel | None:
+    """The compiled kernel where it is worth loading and can read the rows in place."""
+    fits = reference.dtype == np.uint8 and n_features(reference) <= LONGEST
+    in_place = queries.flags.c_contiguous and reference.flags.c_contiguous
+    # few rows of a memory map that lie far apart would bring too much of it into memory
+    dense = n_pairs >= _COMPILED and n_pairs * 64 >= len(reference)
+    return compiled() if fits and in_place and dense else None
 
 
 def to_distance(squared: Array, dtype: Any) -> NDArray[np.float32]:

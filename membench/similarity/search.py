@@ -6,8 +6,10 @@ integers, so the answer is that of brute force, whatever the machine, the BLAS a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,8 @@ from membench.similarity.filter import (
     to_distance,
 )
 from membench.similarity.pages import blocks
+from membench.similarity.pruned import nearest_by_sketch
+from membench.similarity.sketch import choose
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,19 @@ def nearest_blocks(
     k = min(k, len(reference))
     q_rows, r_rows = tile_rows(queries, reference, k, memory_bytes)
     centre, patches = centre_of(reference)
+    sketch = choose(queries, reference, centre, partial(_kth, k / len(reference)), memory_bytes)
+    if sketch is not None:
+        yield from nearest_by_sketch(queries, reference, k, sketch, memory_bytes, progress)
+        return
     patches = patches and queries.ndim == 4
     for _, block in blocks(queries, q_rows):
         yield _nearest_to_block(block, reference, k, centre, patches, r_rows, progress)
+
+
+def _kth(share: float, rows: Array, squared: Array) -> list[tuple[Array, Array]]:
+    """What decides about neighbours: the distance within which that share of a sample lies."""
+    k = min(squared.shape[1], max(2, math.ceil(share * squared.shape[1])))
+    return [(np.partition(squared, k - 1, axis=1)[:, k - 1], np.full(len(squared), -np.inf))]
 
 
 def _nearest_to_block(
