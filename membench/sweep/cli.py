@@ -145,7 +145,7 @@ def _teller(console: Console, total: int) -> Any:
         elif status.state == "skipped":
             line += f", not run, because {status.reason}"
         else:
-            line += f", {status.cause or ''} {status.reason}"
+            line += f", {status.cause}: {status.reason}" if status.cause else f", {status.reason}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     return told
@@ -268,7 +268,8 @@ def logs(
             why = f", {attempt.cause}: {attempt.reason}" if attempt.cause else ""
             print(f"== {one.id}, attempt {attempt.number} on {attempt.host}: {attempt.state}{why}")
             found = made.tail(one, attempt.number, lines) or attempt.log_tail
-            print("\n".join(found))
+            if found:
+                print("\n".join(found))
 
 
 def retry(

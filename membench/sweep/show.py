@@ -98,8 +98,9 @@ def plan_table(found: Mapping[str, Any]) -> RenderableType:
         f"jobs         {total}" + (f": {jobs}" if jobs else ""),
         f"artifacts    {found['artifacts']['all']}, {found['artifacts']['cached']} of them cached",
         f"model calls  {calls['to_do'][0]:,} U-Net and {calls['to_do'][1]:,} classifier to do",
-        f"             all {_both(calls['together'])}; as runs of their own "
-        f"{_both(calls['apart'])} ({share(calls)})",
+        f"             all cells {_both(calls['together'])}, as runs of their own "
+        f"{_both(calls['apart'])}",
+        f"             that is {_percent(calls, 0)} of the U-Net calls, {share(calls)} of all",
         *_estimates(found["estimate"]),
     ]
     return Group(table, Text(), Text("\n".join(lines)))
@@ -109,6 +110,11 @@ def share(calls: Mapping[str, Any]) -> str:
     """`62 %`: what a sweep takes of the model calls of as many separate runs."""
     apart = sum(calls["apart"])
     return f"{100 * sum(calls['together']) / apart:.0f} %" if apart else "–"
+
+
+def _percent(calls: Mapping[str, Any], which: int) -> str:
+    apart = calls["apart"][which]
+    return f"{100 * calls['together'][which] / apart:.0f} %" if apart else "–"
 
 
 def _both(calls: Sequence[int]) -> str:
