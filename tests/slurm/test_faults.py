@@ -243,14 +243,13 @@ def test_the_controller_is_restarted(trial, fault_table, cluster):
     make(trial)
     trial.submit(pace=PACE)
     trial.after_batches(2)
-    at = time.time()
+    at, pid = time.time(), trial.running()[0][1].pid
     cluster.kill("slurmctld")
+    os.kill(pid, signal.SIGKILL)  # its requeue must wait for the controller
     with pytest.raises(subprocess.CalledProcessError):
         shell("scontrol", "ping")
     statuses = asked(trial.sweep, Slurm())  # still answered, from the disk
     assert all(s.state != "failed" for s in statuses.values())
-    os.kill(trial.running()[0][1].pid, signal.SIGKILL)  # its requeue must wait for the controller
-    time.sleep(2)
     cluster.up()
     away = time.time() - at
     trial.finish()
