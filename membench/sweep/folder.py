@@ -289,6 +289,7 @@ class Sweep:
             cause = known.cause if known else Cause.KILLED
             reason = known.reason if known else DIED
         again = self._again(attempts) and not self.cancelled
+        again = again and (last.state != "running" or cause in RETRIED)
         return _status(task, "stopped" if again else "failed", attempts, cause, reason)
 
 

@@ -8,12 +8,13 @@ batch boundary; what it has made lies in the results folder: there is nothing el
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -41,17 +42,30 @@ def run(folder: str, name: str) -> NoReturn:
     """One element of an array. Leaves by `sys.exit`, past submitit and its result pickles."""
     _keep_signals()
     sweep = Sweep(Path(folder))
-    sys.exit(supervise(sweep, sweep.tasks[name]))
+    with _full_disk_has_its_code():
+        sys.exit(supervise(sweep, sweep.tasks[name]))
 
 
 def run_last(folder: str, names: Sequence[str]) -> NoReturn:
     """The last job: queue again what may be tried again, or else make what comes after all."""
     _keep_signals()
     sweep = Sweep(Path(folder))
-    if not sweep.cancelled and retry(sweep, [sweep.tasks[name] for name in names]):
-        sys.exit(0)
-    codes = [supervise(sweep, sweep.tasks[name]) for name in names]
-    sys.exit(max(codes, default=0))
+    with _full_disk_has_its_code():
+        if not sweep.cancelled and retry(sweep, [sweep.tasks[name] for name in names]):
+            sys.exit(0)
+        codes = [supervise(sweep, sweep.tasks[name]) for name in names]
+        sys.exit(max(codes, default=0))
+
+
+@contextmanager
+def _full_disk_has_its_code() -> Iterator[None]:
+    """Where nothing can be written down, not even in the log, the exit code says why."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            os._exit(EXIT[Cause.DISK])  # the interpreter's own exit would flush, and fail
+        raise
 
 
 # -- one task ------------------------------------------------------------------------------------
@@ -145,17 +159,21 @@ def _watch(worker: subprocess.Popen[bytes]) -> int:
 
 def _stopped(sweep: Sweep, task: Task, job: str) -> int:
     """The worker stopped at a batch boundary: by scancel for good, else the job goes on later."""
-    if sweep.cancelled:
-        return EXIT[Cause.CANCELLED]
-    if _is_cancelled(job):
-        sweep.close(task, Cause.CANCELLED, f"job {job_name()} was cancelled")
-        return EXIT[Cause.CANCELLED]
     attempts = sweep.attempts(task)
-    if attempts and attempts[-1].state == "stopped":
+    last = attempts[-1] if attempts and attempts[-1].state == "stopped" else None
+    if sweep.cancelled or _is_cancelled(job):
+        reason = "with its sweep" if sweep.cancelled else f"job {job_name()} was cancelled"
+        if last is None:
+            sweep.close(task, Cause.CANCELLED, reason)
+        else:
+            change = {"state": "failed", "cause": Cause.CANCELLED, "reason": reason}
+            sweep.write(task, last.model_copy(update=change))
+        return EXIT[Cause.CANCELLED]
+    if last is not None:
         preempted = is_preempted(job)
         reason = "preempted" if preempted else "stopped before Slurm's time limit"
-        change = {"cause": Cause.KILLED if preempted else Cause.TIME, "reason": reason}
-        sweep.write(task, attempts[-1].model_copy(update=change))
+        cause = Cause.KILLED if preempted else Cause.TIME
+        sweep.write(task, last.model_copy(update={"cause": cause, "reason": reason}))
     if sweep.attempts_left(task):
         _requeue(sweep, task, job)
     return STOPPED
