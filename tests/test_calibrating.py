@@ -145,7 +145,7 @@ def test_boards_print_a_calibration_without_any_run(calibration: Path, tmp_path:
     text = (tmp_path / "fashion_mini.md").read_text()
     assert "What chance gives, and what moves it" in text and "| 64 members" in text
     assert variations.sentence(record_of(calibration)) in text
-    assert leaderboard.check(tmp_path) == 2
+    assert leaderboard.check(tmp_path) == 3
     path = tmp_path / "calibrations" / "fashion_mini.json"
     path.write_text(path.read_text().replace('"n_heldout": 2048', '"n_heldout": 2049'))
     with pytest.raises(MembenchError, match="edited"):

@@ -278,7 +278,7 @@ def test_a_full_disk_is_seen_before_it_is_full(tiny_disk: Path, tmp_path: Path) 
     with pytest.raises(MembenchError) as caught:
         prepare(card, tmp_path, source, tiny_disk, silent, workers=1)
     assert re.fullmatch(
-        rf"{tiny_disk}: needs [\d.]+ GB, [\d.]+ GB are free; make room or choose another folder "
+        rf"{tiny_disk}: needs [\d,.]+ MB, [\d,.]+ MB are free; make room or choose another folder "
         "with --data",
         str(caught.value),
     )

@@ -379,7 +379,7 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise MembenchError(
-            f"{folder.parent}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            f"{folder.parent}: needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; "
             "make room or choose another folder with --data"
         )
 
