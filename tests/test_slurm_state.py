@@ -131,3 +131,12 @@ def test_exit_codes_of_workers_are_their_causes_though_signals_have_the_same_num
     text = sacct.replace("|FAILED|1:0|", f"|FAILED|{code}:0|")
     job = recorded("alive")[0]["error"][0]
     assert judge(job, read_sacct(text), read_squeue(squeue)).cause == cause
+
+
+def test_a_killed_job_whose_step_accounting_has_lost_is_not_an_error_in_code():
+    # seen where the controller was away when the step ended
+    names, sacct, squeue = recorded("alive")
+    job = names["killed"][0]
+    lines = [x for x in sacct.splitlines() if not x.startswith(f"{job}.")]
+    report = judge(job, read_sacct("\n".join(lines)), read_squeue(squeue))
+    assert (report.cause, report.reason) == (Cause.KILLED, "ended by SIGKILL on n2")

@@ -25,7 +25,8 @@ PATIENCE = 180.0
 """Seconds to wait for a controller that does not answer (it may be restarted)."""
 AWAY = re.compile(
     "Unable to contact slurm controller|Connection refused|Socket timed out|"
-    "Zero Bytes were transmitted|temporarily unable to accept job|Connection timed out"
+    "Zero Bytes were transmitted|Unexpected message received|"
+    "temporarily unable to accept job|Connection timed out"
 )
 """What commands say when the controller is away or too busy: no answer to the question."""
 INSIDE = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_")

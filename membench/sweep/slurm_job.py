@@ -117,7 +117,7 @@ def supervise(sweep: Sweep, task: Task) -> int:
     last = attempts[-1] if attempts else None
     if code != 0 and last is not None and last.cause in RETRIED and sweep.attempts_left(task):
         _requeue(sweep, task, job)
-    return code if code >= 0 else 128 - code
+    return code if code >= 0 else STOPPED
 
 
 def _account_for_the_dead(sweep: Sweep, task: Task, job: str) -> bool:
@@ -191,9 +191,9 @@ def _is_cancelled(job: str) -> bool:
 
 def _requeue(sweep: Sweep, task: Task, job: str) -> None:
     """Have Slurm start this job again; where it will not, the last job queues the task anew."""
-    sweep.submitted(task, "slurm", job_name())
     try:
         ask(["scontrol", "requeue", job], patience=PATIENCE)
+        sweep.submitted(task, "slurm", job_name())
         print(f"{task.id}: job {job_name()} is queued again", flush=True)
     except MembenchError as error:
         print(f"{task.id}: {error}", flush=True)

@@ -252,4 +252,6 @@ def _by_exit_code(code: int, at: str) -> tuple[Cause, str]:
     known = {number: cause for cause, number in EXIT.items() if cause is not None}
     if code == STOPPED:
         return Cause.TIME, f"stopped at a batch boundary{at} and not queued again"
+    if code in SIGNALS and code not in known:  # as Slurm gives srun's 128 + signal of a lost step
+        return Cause.KILLED, f"ended by {SIGNALS[code]}{at}"
     return known.get(code, Cause.CODE), f"exit code {code}{at}"

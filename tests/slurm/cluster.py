@@ -191,9 +191,13 @@ class Trial:
         tasks = [task for task in self.sweep.tasks.values() if task.stage == stage]
         return [attempt for task in tasks for attempt in self.sweep.attempts(task)]
 
-    def twice(self) -> int:
-        """Batches that were made, whole, more than once."""
-        made = [(line["target"], line["seed"], line["first"]) for line in self.batches("end")]
+    def twice(self, unsaved: Sequence[dict[str, Any]] = ()) -> int:
+        """Batches that were made, whole, more than once; `unsaved` ones could not be written."""
+        made = [
+            (line["target"], line["seed"], line["first"])
+            for line in self.batches("end")
+            if line not in unsaved
+        ]
         return len(made) - len(set(made))
 
     def lost(self, event: float) -> float:

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,13 @@ def make(trial: Trial, **more: Any) -> None:
     trial.sweep = trial.create(trial.write(**content | more))
 
 
-def complete(trial: Trial, cells: int = 1) -> None:
+def complete(trial: Trial, cells: int = 1, unsaved: Sequence[dict[str, Any]] = ()) -> None:
     """Every row has its record, the board is there, and nothing was made twice."""
     summary = trial.summary()
     assert [row["state"] for row in summary["rows"]] == ["done"] * cells, summary["rows"]
     board = (trial.sweep.folder / "board" / "fashion_mini.md").read_text(encoding="utf-8")
     assert "oracle:0.5" in board
-    assert trial.twice() == 0
+    assert trial.twice(unsaved) == 0
 
 
 def causes(trial: Trial, stage: str = "images") -> str:
@@ -287,12 +287,14 @@ def test_full_disk(trial, fault_table):
         assert statuses["board"].state != "done"
         filler.unlink()
         again = time.time()
+        unsaved = [b for b in trial.batches("end") if at < b["at"] < again]
         trial.submit(failed=True)
         trial.finish()
-        complete(trial)
+        complete(trial, unsaved=unsaved)
         happened = f"{said}; when there was room again, `membench retry --failed` completed it"
-        fault_table("full disk", happened.replace(str(trial.folder), "..."), lost=trial.lost(at),
-                    waited=waited(trial, again), twice=trial.twice())  # fmt: skip
+        fault_table("full disk", happened.replace(str(trial.folder), "..."),
+                    lost=trial.lost(at) + PACE * len(unsaved), waited=waited(trial, again),
+                    twice=trial.twice(unsaved))  # fmt: skip
     finally:
         shell("umount", "-l", trial.results)
 
