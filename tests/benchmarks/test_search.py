@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m pytest tests/benchmarks/test_search.py --benchmark-columns=median
 
-2,000 queries against 50,000 x 3,072 uint8 pixels in a memory map, 50 neighbours: real CIFAR-10 from
+2,000 queries (or MEMBENCH_QUERIES) against 50,000 x 3,072 uint8 pixels in a memory map, 50 neighbours: real CIFAR-10 from
 `../shared/data/cifar10_jpg32.zip`, or random vectors where that file is missing. The contenders
 take turns within each round, so that other load on the machine hits all alike, and CPU time is
 counted (of all threads). The medians of the ratios land in `extra_info` and in the output; no time
@@ -13,6 +13,7 @@ is asserted, but the neighbours must be the same.
 """
 
 import io
+import os
 import statistics
 import time
 import zipfile
@@ -28,7 +29,8 @@ from membench.similarity import nearest
 faiss = pytest.importorskip("faiss")
 
 ARCHIVE = Path(__file__).parents[3] / "shared" / "data" / "cifar10_jpg32.zip"
-QUERIES, REFERENCE, PIXELS, K = 2_000, 50_000, (32, 32, 3), 50
+QUERIES = int(os.environ.get("MEMBENCH_QUERIES", "2000"))
+REFERENCE, PIXELS, K = 50_000, (32, 32, 3), 50
 ROUNDS = 5
 
 
