@@ -131,6 +131,9 @@ def test_equals_brute_force_for_any_images(seed, top, k):
 def test_a_sketch_is_chosen_where_it_pays(rng, monkeypatch):
     """Few directions for rows near a plane; the values themselves, or none, for a flat spectrum."""
     monkeypatch.setattr(sketch, "WORTH", 0)
+    usual = {products.Float32(): products.Speed(product=3e-11, compared=1e-9)}
+    monkeypatch.setattr(sketch, "engines", lambda: usual)  # not those of a machine under load
+    monkeypatch.setattr(sketch, "_seconds_per_pair", lambda *_: 2e-6)
     kth = lambda rows, squared: [  # noqa: E731
         (np.partition(squared, 2, axis=1)[:, 2], np.full(len(squared), -np.inf))
     ]
