@@ -163,7 +163,7 @@ def test_time_limit(trial, fault_table):
     # Slurm knows no limit below a minute, but warns as long before it as one asks.
     images = {"minutes": 1, "extra": {"signal": "USR2@20"}}
     make(trial, shards=1, resources={"default": {"memory": 0.5}, "images": images})
-    trial.submit(pace=4.0)
+    trial.submit(pace=9.0)
     trial.finish(240)
     complete(trial)
     stopped = [a for a in trial.attempts() if a.state == "stopped"]
