@@ -15,13 +15,13 @@ import typer
 from membench import __version__
 from membench.errors import MembenchError
 from membench.experiments.cli import experiment_app
+from membench.options import AsJson, Data, Device, Plugins, Results, registry_of
 from membench.submission_cli import add_commands
 from membench.sweep.cli import register
 from membench.targets_cli import targets_app
 
 if TYPE_CHECKING:
-    from membench.registry import Registry
-    from membench.specs import DataCard, Similarity
+    pass
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,21 +44,6 @@ TARGET_HELP = (
     "Target of the card, oracle:RATE, or a pretrained one: folder, hub id or TOML file "
     "[default: the card's]"
 )
-Plugins = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--plugins", help="Folder with your own methods, descriptors (*.py) and cards (*.toml)."
-    ),
-]
-Results = Annotated[Path, typer.Option(help="Folder of everything that is computed.")]
-Data = Annotated[
-    Path | None,
-    typer.Option(
-        "--data", help="Folder of prepared data sets [default: $MEMBENCH_DATA, else data]"
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DescriptorWeights = Annotated[
     Path | None,
     typer.Option("--descriptor-weights", help="File of a descriptor that needs one (SSCD)."),
@@ -111,12 +96,6 @@ def _root(
     pass
 
 
-def _registry(plugins: list[Path] | None, data: Path | None = None) -> Registry:
-    from membench.registry import Registry
-
-    return Registry(plugins or (), data)
-
-
 @app.command("list")
 def list_(
     what: Annotated[
@@ -131,7 +110,7 @@ def list_(
     """
     from membench import catalogue
 
-    rows = catalogue.rows(_registry(plugins), what)
+    rows = catalogue.rows(registry_of(plugins), what)
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
@@ -150,7 +129,7 @@ def info(
     """
     from membench import catalogue
 
-    found = catalogue.describe(_registry(plugins), name)
+    found = catalogue.describe(registry_of(plugins), name)
     if as_json:
         print(json.dumps(found, indent=1))
     else:
@@ -205,10 +184,12 @@ def run(
     from rich.console import Console
 
     from membench.console import Stages
+    from membench.specs import changed_similarity
 
-    registry = _registry(plugins, data)
+    registry = registry_of(plugins, data)
     registry.method(method)  # a wrong name answers before torch is loaded
-    similarity = _similarity(registry.card(dataset), flips=flips, dedup_reference=dedup_reference)
+    own = registry.card(dataset).similarity
+    similarity = changed_similarity(own, flips=flips, dedup_reference=dedup_reference)
     scales, changes = _scales(guidance_scale), _settings(settings)
     from membench import run as engine
     from membench.record import RECORD, SHEET
@@ -321,7 +302,7 @@ def diverge(
 
     from membench.console import Stages
 
-    registry = _registry(plugins, data)
+    registry = registry_of(plugins, data)
     registry.card(dataset)  # a wrong name answers before torch is loaded
     try:
         widths = tuple(float(part) for part in epsilon.split(","))
@@ -386,7 +367,7 @@ def train(
     On four GPUs: `accelerate launch --multi_gpu --num_processes 4 -m membench train celeba25k
     --target ddpm --precision bfloat16`
     """
-    registry = _registry(plugins, data)
+    registry = registry_of(plugins, data)
     card = registry.card(dataset)
     if target not in card.targets:
         from membench.registry import unknown
@@ -429,7 +410,7 @@ def prepare(
     from membench.console import Stages
     from membench.data.prepare import prepare as make
 
-    registry = _registry(plugins, data)
+    registry = registry_of(plugins, data)
     card, folder = registry.card(dataset), registry.card_folder(dataset)
     with _resumable():
         done = make(card, folder, source, registry.data, Stages(Console()), workers=workers)
@@ -476,10 +457,18 @@ def calibrate(
     from rich.console import Console
 
     from membench.console import Stages
+    from membench.specs import changed_similarity
 
-    registry = _registry(plugins, data)
+    registry = registry_of(plugins, data)
     card = registry.card(dataset)
-    similarity = _similarity(card, descriptor, preset, input_size, flips, dedup_reference)
+    similarity = changed_similarity(
+        card.similarity,
+        descriptor=descriptor,
+        preset=preset,
+        input_size=input_size,
+        flips=flips,
+        dedup_reference=dedup_reference,
+    )
     from membench import calibrating
     from membench.report.variations import report
     from membench.run import resolve_device
@@ -504,27 +493,6 @@ def calibrate(
         console.print(report(record))
         print(f"record  {found.folder / calibrating.RECORD}")
         print(f"picture {found.folder / calibrating.FIGURE}")
-
-
-def _similarity(
-    card: DataCard,
-    descriptor: str | None = None,
-    preset: str | None = None,
-    input_size: int | None = None,
-    flips: bool = False,
-    dedup_reference: bool = False,
-) -> Similarity | None:
-    """The card's similarity with what was asked for changed; None if nothing was."""
-    from membench.specs import changed_similarity
-
-    return changed_similarity(
-        card.similarity,
-        descriptor=descriptor,
-        preset=preset,
-        input_size=input_size,
-        flips=flips,
-        dedup_reference=dedup_reference,
-    )
 
 
 @app.command()
@@ -556,8 +524,9 @@ def score(
     from rich.console import Console
 
     from membench.console import Stages
+    from membench.specs import changed_similarity
 
-    registry = _registry(plugins, data)
+    registry = registry_of(plugins, data)
     card = registry.card(dataset)
     from membench import external
     from membench.record import RECORD, SHEET
@@ -573,7 +542,9 @@ def score(
         dataset=dataset,
         name=name,
         resize=resize,
-        similarity=_similarity(card, descriptor, flips=flips, dedup_reference=dedup_reference),
+        similarity=changed_similarity(
+            card.similarity, descriptor=descriptor, flips=flips, dedup_reference=dedup_reference
+        ),
         device=resolve_device(device),
         descriptor_weights=descriptor_weights,
     )
@@ -642,7 +613,7 @@ def extracted(
     from membench.extraction import extraction, write_csv
     from membench.report.comparison import extraction as shown
 
-    found = extraction(_registry(plugins, data), record, mode=band_mode, band=band)
+    found = extraction(registry_of(plugins, data), record, mode=band_mode, band=band)
     if csv is not None:
         write_csv(csv, found["images"])
     if as_json:
@@ -712,7 +683,7 @@ def test_(
     """
     from membench.contract import check_plugins
 
-    if not check_plugins(_registry(plugins), name, descriptor_weights):
+    if not check_plugins(registry_of(plugins), name, descriptor_weights):
         raise typer.Exit(1)
 
 
@@ -794,7 +765,7 @@ def leaderboard_site(
     """
     from membench.report.site import build_site
 
-    pages = build_site(folder, out, _registry(plugins), results)
+    pages = build_site(folder, out, registry_of(plugins), results)
     print(f"wrote {len(pages)} pages; open {out / 'index.html'}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from membench.metrics.calibration import Calibration, calibrate
 from membench.metrics.intervals import clopper_pearson
-from membench.metrics.scores import average, count_band, score
+from membench.metrics.scores import BandCounts, average, count_band, score
 from membench.similarity.matches import Matches
 from membench.similarity.measures import LEVELS
 from membench.specs import Similarity
@@ -81,21 +81,11 @@ def per_image(
     whose pairs are not all known.
     """
     found: dict[str, Any] = {}
-    measure = next(iter(matches.values())).measure
-    bands = measure.bands(similarity.band_modes[0], calibration.values)
-    for level in LEVELS:
-        band = bands[level]
-        if band is None:
-            continue
-        sides = next(iter(matches.values())).sides
-        found[level] = {name: {} for name in sides}
-        for name in sides:
-            for scale, of_scale in matches.items():
-                counted = count_band(of_scale, name, band, similarity.match)
-                packed: dict[str, Any] = {"hits": pack_bits(counted.hits)}
-                if counted.known:
-                    packed["exclusive"] = pack_counts(counted.exclusive)
-                found[level][name][f"{scale:g}"] = packed
+    for level, name, scale, counted in _headline(matches, calibration, similarity):
+        packed: dict[str, Any] = {"hits": pack_bits(counted.hits)}
+        if counted.known:
+            packed["exclusive"] = pack_counts(counted.exclusive)
+        found.setdefault(level, {}).setdefault(name, {})[scale] = packed
     return found
 
 
@@ -109,26 +99,29 @@ def incidence(
     are missing.
     """
     found: dict[str, Any] = {}
-    measure = next(iter(matches.values())).measure
-    bands = measure.bands(similarity.band_modes[0], calibration.values)
+    for level, name, scale, counted in _headline(matches, calibration, similarity):
+        if counted.known:
+            times, references = np.unique(counted.counts[counted.counts > 0], return_counts=True)
+            found.setdefault(level, {}).setdefault(name, {})[scale] = {
+                "times": times.tolist(),
+                "references": references.tolist(),
+            }
+    return found
+
+
+def _headline(
+    matches: Mapping[float, Matches], calibration: Calibration, similarity: Similarity
+) -> Iterator[tuple[str, str, str, BandCounts]]:
+    """(level, side, scale, counts) of the headline bands that have a threshold."""
+    any_of_them = next(iter(matches.values()))
+    bands = any_of_them.measure.bands(similarity.band_modes[0], calibration.values)
     for level in LEVELS:
         band = bands[level]
         if band is None:
             continue
-        for scale, of_scale in matches.items():
-            for name in of_scale.sides:
-                counted = count_band(of_scale, name, band, similarity.match)
-                if not counted.known:
-                    continue
-                times, references = np.unique(
-                    counted.counts[counted.counts > 0], return_counts=True
-                )
-                sides = found.setdefault(level, {}).setdefault(name, {})
-                sides[f"{scale:g}"] = {
-                    "times": times.tolist(),
-                    "references": references.tolist(),
-                }
-    return found
+        for name in any_of_them.sides:
+            for scale, of_scale in matches.items():
+                yield level, name, f"{scale:g}", count_band(of_scale, name, band, similarity.match)
 
 
 def pack_bits(values: NDArray[np.bool_]) -> str:

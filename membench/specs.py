@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +9,8 @@ from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from membench.errors import MembenchError
 from membench.specs_base import Spec as Spec
+from membench.specs_base import described
+from membench.specs_base import explain as explain
 from membench.specs_pretrained import Pretrained
 
 SPLITS = ("members", "auxiliary", "heldout")
@@ -465,16 +466,6 @@ def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def explain(error: ValidationError) -> str:
-    """Pydantic's first complaint as `field: what is wrong`."""
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"] if not str(part).startswith("<"))
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "unknown key"
-    return f"{field}: {message}" if field else message
-
-
 class WaitingCard(Spec):
     """A data set of the papers that membench cannot run yet; `waits_for` says what is missing."""
 
@@ -497,19 +488,11 @@ def load_card(path: Path) -> DataCard:
 
     A card with `waits_for` is valid but cannot be used: `NotYet`.
     """
-    try:
-        with open(path, "rb") as stream:
-            content = tomllib.load(stream)
+    with described(path, "data card") as content:
         if "waits_for" in content:
             waiting = WaitingCard.model_validate(content)
             raise NotYet(f"{path}: {waiting.name} waits for {waiting.waits_for}")
         card = DataCard.model_validate(content)
-    except OSError as error:
-        raise MembenchError(f"{path}: data card cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise MembenchError(f"{path}: not valid TOML: {error}") from None
-    except ValidationError as error:
-        raise MembenchError(f"{path}: {explain(error)}") from None
     if card.name != path.stem:
         raise MembenchError(f"{path}: name: is {card.name!r}, expected the file's {path.stem!r}")
     return card

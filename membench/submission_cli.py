@@ -9,17 +9,7 @@ from typing import Annotated
 import typer
 
 from membench.errors import MembenchError
-
-Plugins = Annotated[
-    list[Path] | None,
-    typer.Option("--plugins", help="Folder with your own methods, descriptors and cards."),
-]
-Data = Annotated[
-    Path | None,
-    typer.Option(
-        "--data", help="Folder of prepared data sets [default: $MEMBENCH_DATA, else data]"
-    ),
-]
+from membench.options import AsJson, Data, Plugins, registry_of
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -40,7 +30,6 @@ def submit(
     Example: `membench submit results/runs/fashion_mini/ddpm/side_c-seed0-1234567890ab --out mine`
     """
     from membench.record import RECORD
-    from membench.registry import Registry
     from membench.submission import SUBMISSION, pack
     from membench.verify import verify as check
 
@@ -48,7 +37,7 @@ def submit(
     if (path.parent / SUBMISSION).is_file():
         raise MembenchError(f"{path.parent}: a submission already")
     found = check(path)
-    written = pack(found, path.parent, out, Registry(plugins or ()), with_source=source)
+    written = pack(found, path.parent, out, registry_of(plugins), with_source=source)
     print(f"wrote {written.parent}: {len(list(written.parent.iterdir()))} files, no images")
     for reason in found.get("limited_by") or ():
         print(f"it enters no board: {reason}")
@@ -68,7 +57,7 @@ def verify(
     ] = Path("results"),
     data: Data = None,
     plugins: Plugins = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Recompute every number of a record from its saved matches; fail on any difference.
 
@@ -78,9 +67,8 @@ def verify(
     """
     from membench.checks import check
     from membench.record import RECORD
-    from membench.registry import Registry
 
-    report = check(record, Registry(plugins or (), data), results)
+    report = check(record, registry_of(plugins, data), results)
     found = report.to_dict()
     if rerun is not None:
         from membench.rerun import lines

@@ -4,34 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from membench.registry import Registry
+from membench.options import AsJson, Data, Plugins, Results, registry_of
 
 targets_app = typer.Typer(
     no_args_is_help=True, help="Models to attack: look at them, convert them."
 )
-
-Results = Annotated[Path, typer.Option(help="Folder of everything that is computed.")]
-Plugins = Annotated[
-    list[Path] | None,
-    typer.Option("--plugins", help="Folder with your own data cards (*.toml)."),
-]
-Data = Annotated[
-    Path | None,
-    typer.Option(
-        "--data", help="Folder of prepared data sets [default: $MEMBENCH_DATA, else data]"
-    ),
-]
-
-
-def _registry(plugins: list[Path] | None, data: Path | None = None) -> Registry:
-    from membench.registry import Registry
-
-    return Registry(plugins or (), data)
 
 
 @targets_app.command()
@@ -46,13 +27,13 @@ def show(
     results: Results = Path("results"),
     data: Data = None,
     plugins: Plugins = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Read a model and tell its network, size, prediction, schedule, hash, and what it fits.
 
     Example: `membench targets show path/to/pipeline --dataset cifar10`
     """
-    registry = _registry(plugins, data)
+    registry = registry_of(plugins, data)
     from membench import catalogue, inspecting
 
     found = inspecting.show(registry, target, results, dataset)
@@ -93,7 +74,7 @@ def export(
 
     Example: `membench targets export fashion_mini/ddpm --out ddpm`
     """
-    registry = _registry(plugins, data)
+    registry = registry_of(plugins, data)
     from membench import inspecting
 
     folder = inspecting.export(registry, target, results, out)

@@ -8,7 +8,6 @@ it was found at, so that a moved folder is still the same target.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from membench.errors import MembenchError
 from membench.hashing import array_hash
 from membench.hub import locate
 from membench.specs import Images, explain
+from membench.specs_base import described
 from membench.specs_pretrained import Pretrained
 
 VERSION = 1
@@ -271,16 +271,8 @@ def parse_place(text: str) -> tuple[Pretrained, list[Path]]:
     """
     path = Path(text).expanduser()
     if path.suffix == ".toml":
-        try:
-            with open(path, "rb") as stream:
-                content = tomllib.load(stream)
+        with described(path, "target file") as content:
             return Pretrained.model_validate({"title": path.stem} | content), [path.parent]
-        except OSError as error:
-            raise MembenchError(f"{path}: cannot be read ({error.strerror})") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise MembenchError(f"{path}: not valid TOML: {error}") from None
-        except ValidationError as error:
-            raise MembenchError(f"{path}: {explain(error)}") from None
     source, at, revision = text.partition("@") if not path.exists() else (text, "", "")
     try:
         title = f"pretrained {Path(source).name}"

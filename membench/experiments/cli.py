@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from membench.errors import MembenchError
+from membench.options import AsJson, Device, Plugins, Results, registry_of
 
 if TYPE_CHECKING:
     from membench.experiments.common import Result, Setting
@@ -30,19 +31,12 @@ Steps = Annotated[int | None, typer.Option(min=1, help="Sampler steps [default: 
 Seeds = Annotated[str, typer.Option(help="Seeds of the images, as in 0,1,2.")]
 Band = Annotated[str, typer.Option(help="low, mid or high; another mode as in cumulative:mid.")]
 AttackSeed = Annotated[int, typer.Option(help="Seed of synthetic set, classifiers and clusters.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Results = Annotated[Path, typer.Option(help="Folder of everything that is computed.")]
 Out = Annotated[
     Path | None, typer.Option(help="Where to write [default: RESULTS/experiments/NAME-...]")
-]
-Plugins = Annotated[
-    list[Path] | None,
-    typer.Option("--plugins", help="Folder with your own methods (*.py) and data cards (*.toml)."),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print stages, cache hits and model calls only.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Published = Annotated[
     str | None,
     typer.Option(help="Draw this data set's published figures beside [default: its own, if any]"),
@@ -98,9 +92,8 @@ def _desk(
     from rich.console import Console
 
     from membench.console import Stages
-    from membench.registry import Registry
 
-    registry = Registry(plugins or ())
+    registry = registry_of(plugins)
     registry.method(method), registry.card(dataset)  # a wrong name answers before torch is loaded
     numbers = tuple(_integers("--seeds", seeds))
     from membench.experiments.common import Setting
@@ -283,9 +276,8 @@ def theorem(
     from rich.console import Console
 
     from membench.console import Stages
-    from membench.registry import Registry
 
-    registry = Registry(plugins or ())
+    registry = registry_of(plugins)
     registry.card(dataset)
     chosen = tuple(word.strip() for word in estimators.split(",") if word.strip())
     drawn = _integers("--seeds", seeds)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from membench.errors import MembenchError
+from membench.options import AsJson, Results
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from membench.sweep.tasks import Status, Task
 
 Name = Annotated[str, typer.Argument(metavar="SWEEP", help="Its folder, or its name in RESULTS.")]
-Results = Annotated[Path, typer.Option(help="Folder of everything that is computed.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Where = Annotated[
     str | None,
     typer.Option("--executor", help="inline, local or slurm [default: the file's, then local]"),

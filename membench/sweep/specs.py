@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from membench.errors import MembenchError
-from membench.specs import explain
-from membench.specs_base import Spec
+from membench.specs_base import Spec, described
 
 Setting = bool | int | float | str
 STAGES = ("check", "images", "classifier", "labels", "descriptors", "matches", "facts", "record",
@@ -153,16 +151,8 @@ class SweepSpec(Spec):
 
 def load_sweep(path: Path) -> SweepSpec:
     """Read and validate a sweep file; a `MembenchError` names the file and the field."""
-    try:
-        with open(path, "rb") as stream:
-            content = tomllib.load(stream)
+    with described(path, "sweep file") as content:
         spec = SweepSpec.model_validate(content)
-    except OSError as error:
-        raise MembenchError(f"{path}: sweep file cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise MembenchError(f"{path}: not valid TOML: {error}") from None
-    except ValidationError as error:
-        raise MembenchError(f"{path}: {explain(error)}") from None
     name = spec.name or path.stem
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise MembenchError(f"{path}: name: {name!r}, expected letters, digits, '-', '_' and '.'")

@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python -m pytest tests/benchmarks/test_search.py --benchmark-columns=median
 
-2,000 queries (or MEMBENCH_QUERIES) against 50,000 x 3,072 uint8 pixels in a memory map, 50 neighbours: real CIFAR-10 from
-`../shared/data/cifar10_jpg32.zip`, or random vectors where that file is missing. The contenders
-take turns within each round, so that other load on the machine hits all alike, and CPU time is
-counted (of all threads). The medians of the ratios land in `extra_info` and in the output; no time
-is asserted, but the neighbours must be the same.
+2,000 queries (or MEMBENCH_QUERIES) against 50,000 x 3,072 uint8 pixels in a memory map, 50
+neighbours: real CIFAR-10 from `../shared/data/cifar10_jpg32.zip`, or random vectors where that file
+is missing. The contenders take turns within each round, so that other load on the machine hits all
+alike, and CPU time is counted (of all threads). The medians of the ratios land in `extra_info` and
+in the output; no time is asserted, but the neighbours must be the same.
 
 `faiss` is timed from the memory map, as ours is, and, as `faiss_search`, without filling its index
 (which holds all of the data as float32).
