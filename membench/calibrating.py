@@ -251,7 +251,7 @@ def run(calibrating: Calibrating) -> dict[str, Any]:
     for number, variation in enumerate(calibrating.variations):
         nulls.append(store.get(variation.null))
         names[f"null-{number:02d}.npz"] = store.folder(variation.null) / MATCHES
-    with writing(folder), locked(folder.with_suffix(".lock")):
+    with writing(folder), locked(folder.with_name(f".{folder.name}.lock")):
         names[FACTS] = store.folder(calibrating.facts) / FACTS
         for name, source in names.items():
             link_or_copy(source, folder / name)

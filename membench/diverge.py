@@ -258,7 +258,7 @@ def run(cell: Cell) -> dict[str, Any]:
     store = cell.lab.store
     values = store.get(cell.values)
     folder = cell.folder
-    with writing(folder), locked(folder.with_suffix(".lock")):
+    with writing(folder), locked(folder.with_name(f".{folder.name}.lock")):
         link_or_copy(store.folder(cell.values) / VALUES, folder / VALUES)
         record: dict[str, Any] = {
             "schema": SCHEMA,

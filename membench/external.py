@@ -120,7 +120,7 @@ def run(scoring: Scoring) -> dict[str, Any]:
             knn = knn_of_images(np.asarray(scoring.images), matcher.dataset)
             advance(1)
     folder = scoring.folder
-    with writing(folder), locked(folder.with_suffix(".lock")):
+    with writing(folder), locked(folder.with_name(f".{folder.name}.lock")):
         link_or_copy(store.folder(found) / MATCHES, folder / f"matches-{SCALE:g}.npz")
         link_or_copy(store.folder(matcher.null()) / MATCHES, folder / NULL)
         link_or_copy(store.folder(matcher.facts()) / FACTS, folder / FACTS)

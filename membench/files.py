@@ -34,7 +34,8 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
         try:
             fcntl.flock(stream, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"membench: waiting for another process to finish {path.stem}", file=sys.stderr)
+            what = path.stem.lstrip(".") if path.suffix else path.parent.name
+            print(f"membench: waiting for another process to finish {what}", file=sys.stderr)
             fcntl.flock(stream, kind)
         yield
 

@@ -258,7 +258,7 @@ def run(cell: Cell) -> dict[str, Any]:
     attack = _attack(cell, generated)
 
     folder = cell.folder
-    with writing(folder), locked(folder.with_suffix(".lock")):
+    with writing(folder), locked(folder.with_name(f".{folder.name}.lock")):
         link_or_copy(store.folder(cell.null) / MATCHES, folder / NULL)
         link_or_copy(store.folder(cell.facts) / FACTS, folder / FACTS)
         for scale in cell.images:

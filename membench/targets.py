@@ -11,7 +11,7 @@ from membench.diffusion.train import WEIGHTS, snapshot, snapshot_steps
 from membench.errors import MembenchError
 from membench.hub import names_place
 from membench.registry import Registry, unknown
-from membench.specs import DataCard
+from membench.specs import DataCard, TargetRecipe
 from membench.specs_pretrained import Pretrained
 
 
@@ -53,7 +53,7 @@ def weights_of(card: DataCard, name: str, registry: Registry, results: Path) -> 
     recipe = card.recipe(name)
     if recipe.weights is not None:
         return registry.card_folder(card.name) / recipe.weights
-    weights = results / "targets" / card.name / name / WEIGHTS
+    weights = trained_folder(card, name, results) / WEIGHTS
     if not weights.is_file():
         raise MembenchError(
             f"target {name!r} of {card.name} has no weights yet ({weights} is missing); "
@@ -64,7 +64,7 @@ def weights_of(card: DataCard, name: str, registry: Registry, results: Path) -> 
 
 def snapshot_of(card: DataCard, name: str, step: str, results: Path) -> Path:
     """The weights that `membench train --snapshots` kept at one step."""
-    trained = results / "targets" / card.name / name
+    trained = trained_folder(card, name, results)
     weights = snapshot(trained, step)
     if not (step.isdigit() and weights.is_file()):
         kept = ", ".join(snapshot_steps(trained)) or "none"
@@ -77,7 +77,30 @@ def snapshot_of(card: DataCard, name: str, step: str, results: Path) -> Path:
 
 def places_of(card: DataCard, name: str, registry: Registry, results: Path) -> list[Path]:
     """Where a card's pretrained target may lie: beside the card's data, or among the results."""
-    return [registry.card_folder(card.name), results / "targets" / card.name / name]
+    return [registry.card_folder(card.name), trained_folder(card, name, results)]
+
+
+def trained_folder(card: DataCard, name: str, results: Path) -> Path:
+    """Where `membench train` leaves a target of a card."""
+    return results / "targets" / card.name / name
+
+
+def to_train(card: DataCard, name: str, results: Path) -> str | None:
+    """The recipe that must be trained first for a target's weights to be there; None: nothing.
+
+    name: a recipe's, or `NAME@STEP` of a snapshot that the recipe says to keep.
+    """
+    plain, at, step = name.partition("@")
+    recipe = card.targets.get(plain)
+    if not isinstance(recipe, TargetRecipe):
+        return None
+    folder = trained_folder(card, plain, results)
+    if (folder / WEIGHTS).is_file():
+        return None
+    if not at:
+        return plain if recipe.weights is None else None
+    kept = step in map(str, recipe.training.snapshots)
+    return plain if kept and not snapshot(folder, step).is_file() else None
 
 
 def origin_of(target: Target) -> dict[str, Any]:

@@ -66,7 +66,8 @@ SWEEP = """# {title}: a sweep of membench; see it with `membench sweep {name}.to
 # Paths are relative to this file. What is left out is the data set's default.
 
 datasets = ["fashion_mini"] # or {{ name = "cifar10", targets = ["ddpm"] }}
-targets = ["ddpm"]          # of every data set above; without it, each card's default
+targets = ["ddpm"]          # of every data set above; without it, each card's default;
+                            # one that has no weights yet is trained first
 methods = [
     "random",
     "ol_ti",
@@ -104,7 +105,8 @@ cpus = 1
 # constraint = "a100"
 # extra = {{ qos = "long" }} # more options of sbatch
 
-# Stages: check, images, classifier, labels, descriptors, matches, facts, record, board.
+# Stages: train, plan, check, images, classifier, labels, descriptors, matches, facts, record,
+# board.
 # [resources.images]
 # gpus = 1
 # concurrency = 4

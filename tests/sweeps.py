@@ -62,6 +62,36 @@ def write_plugins(folder: Path, **bodies: str) -> Path:
     return folder
 
 
+YOUNG = """
+[targets.young]
+extends = "ddpm"
+title = "Still to be trained"
+
+[targets.young.unet]
+block_out_channels = [8, 8, 8]
+norm_num_groups = 4
+
+[targets.young.training]
+steps = {steps}
+stop_at = {steps}
+batch_size = 4
+warmup_steps = 1
+checkpoint_every = 5
+evaluate_every = {half}
+evaluate_images = 8
+snapshots = [{half}]
+"""
+
+
+def with_young(file: Path, steps: int = 12) -> Path:
+    """Give the data set of a sweep file a target whose weights nobody has trained yet."""
+    card = file.parent / "plugins" / "tiny.toml"
+    text = card.read_text()
+    if "[targets.young]" not in text:
+        card.write_text(text + YOUNG.format(steps=steps, half=steps // 2))
+    return file
+
+
 def write_method(folder: Path, name: str, body: str = "pass", prepare: str = "pass") -> None:
     code = GUIDED.format(name=name, body=body, prepare=prepare)
     (folder / f"{name}.py").write_text(code)

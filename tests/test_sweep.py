@@ -10,8 +10,10 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import Command
 from sweeps import (
     BASE,
@@ -22,6 +24,7 @@ from sweeps import (
     records,
     run_inline,
     seals,
+    with_young,
     write_file,
     write_method,
 )
@@ -32,6 +35,7 @@ from membench.cli import app
 from membench.contract import silent
 from membench.errors import DiskFull, MembenchError
 from membench.files import read_json
+from membench.hashing import file_hash
 from membench.registry import Registry
 from membench.store import with_inputs
 from membench.sweep import worker
@@ -40,10 +44,11 @@ from membench.sweep.dispatch import cancel, go
 from membench.sweep.estimate import estimate
 from membench.sweep.folder import Sweep
 from membench.sweep.inline import Inline
-from membench.sweep.local import Local, why_it_died
+from membench.sweep.local import Local, memory, why_it_died
 from membench.sweep.show import todo
 from membench.sweep.specs import load_sweep
 from membench.sweep.tasks import Attempt, Cause
+from membench.training import train_target
 
 FIVE = ["random", "ol_ti", "side_o", "side_a", {"name": "side_c", "parameters": {"n_clusters": 4}}]
 SIDE_C = {"name": "side_c", "parameters": {"n_clusters": 4, "min_cohesion": 0.0}}
@@ -269,6 +274,121 @@ def test_summary_and_bills(tmp_path: Path) -> None:
         assert row["ams"] == band["members"]["ams"]
         assert "images per scale" in row["limited_by"]
     assert summary["boards"] == [], "limited records enter no board"
+
+
+# -- targets that are trained on the way -----------------------------------------------------------
+
+
+def young(tmp_path: Path, **changes: Any) -> Path:
+    """A sweep over a target with weights, one that is to be trained, and a snapshot of it."""
+    targets = ["oracle:0.3", "young", "young@6"]
+    return with_young(write_file(tmp_path, **{"targets": targets} | changes))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[tuple[str, str]]]:
+    """Hash of the weights by `membench train`, and the records of a sweep after it."""
+    folder = tmp_path_factory.mktemp("trained")
+    file = young(folder)
+    registry = Registry([folder / "plugins"])
+    done = train_target(
+        registry, registry.card("tiny"), "young", folder / "results", device="cpu", resume=False
+    )
+    return file_hash(done / "model.safetensors"), seals(run_inline(file, folder / "results"))
+
+
+def test_a_target_is_trained_on_the_way(
+    tmp_path: Path, trained: tuple[str, list[tuple[str, str]]]
+) -> None:
+    results = tmp_path / "results"
+    file = young(tmp_path)
+    plan, _ = planned(file, results)
+    assert [row.waits for row in plan.cells] == [None, "plan-tiny-young", "plan-tiny-young"]
+    assert plan.trainings == {("tiny", "young"): 12}
+    stages = [task.stage for task in plan.tasks]
+    assert stages.count("train") == stages.count("plan") == 1
+    assert stages.count("record") == 1, "what is not known yet is not planned"
+    sweep = made(file, results)
+    before = rows(sweep)
+    assert [row["state"] for row in before[1:]] == ["waiting", "waiting"]
+    assert before[1]["reason"] == "its target is not trained yet"
+    go(sweep, Inline())
+    weights = results / "targets" / "tiny" / "young" / "model.safetensors"
+    assert (file_hash(weights), seals(sweep)) == trained
+    assert [row["state"] for row in rows(sweep)] == ["done"] * 3
+    assert read_json(sweep.folder / "summary.json")["done"] == 3, "the board came last"
+    again = made(file, results)
+    assert again.folder == sweep.folder, "the same file is the same sweep, grown or not"
+    assert not go(again, Inline())
+
+
+def test_a_target_is_trained_by_local_workers(
+    tmp_path: Path, trained: tuple[str, list[tuple[str, str]]]
+) -> None:
+    sweep = made(young(tmp_path), tmp_path / "results")
+    go(sweep, Local(jobs=2))
+    assert seals(sweep) == trained[1]
+    assert read_json(sweep.folder / "summary.json")["done"] == 3
+
+
+def test_a_training_stops_and_goes_on(
+    tmp_path: Path,
+    trained: tuple[str, list[tuple[str, str]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At a step that has no checkpoint of its own; the weights are those of one go."""
+    sweep = made(young(tmp_path, targets=["young"]), tmp_path / "results")
+    task = sweep.tasks["train-tiny-young"]
+    note = worker.Watch._note
+
+    def stop_at_eight(watch: worker.Watch, title: str, done: int, total: int) -> None:
+        if done == 8 and len(sweep.attempts(task)) == 1:
+            worker.STOP.set()
+        note(watch, title, done, total)
+
+    monkeypatch.setattr(worker.Watch, "_note", stop_at_eight)
+    go(sweep, Inline())
+    (stopped,) = sweep.attempts(task)
+    assert (stopped.state, stopped.done, stopped.total) == ("stopped", 8, 12)
+    folder = sweep.results / "targets" / "tiny" / "young"
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 8
+    worker.STOP.clear()
+    go(sweep, Inline())
+    assert file_hash(folder / "model.safetensors") == trained[0]
+    assert [row["state"] for row in rows(sweep)] == ["done"]
+
+
+def test_a_training_that_fails_names_its_rows(tmp_path: Path) -> None:
+    file = young(tmp_path)
+    card = tmp_path / "plugins" / "tiny.toml"
+    text = card.read_text()
+    assert "warmup_steps = 1\n" in text
+    card.write_text(text.replace("warmup_steps = 1\n", "warmup_steps = 0\nlearning_rate = 1e30\n"))
+    sweep = made(file, tmp_path / "results")
+    go(sweep, Inline())
+    first, second, third = rows(sweep)
+    assert (first["state"], second["state"], third["state"]) == ("done", "skipped", "skipped")
+    assert second["task"] == "train-tiny-young" and second["cause"] == str(Cause.MISTAKE)
+    assert "lower the learning rate" in second["reason"]
+    assert read_json(sweep.folder / "summary.json")["done"] == 1
+
+
+def test_mistakes_are_found_before_a_training(tmp_path: Path) -> None:
+    change = {"methods": [{"name": "side_c", "parameters": {"n": 3}}], "targets": ["young"]}
+    with pytest.raises(MembenchError, match="no parameter named 'n'"):
+        planned(young(tmp_path, **change), tmp_path / "results")
+    with pytest.raises(MembenchError, match=r"young@5.*no such snapshot"):
+        planned(young(tmp_path, targets=["young@5"]), tmp_path / "results")
+
+
+def test_a_dry_run_names_the_trainings(tmp_path: Path) -> None:
+    command = ["sweep", str(young(tmp_path)), "--dry-run", "--results", str(tmp_path / "results")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "training     tiny/young (12 steps)" in result.output
+    assert result.output.count("after training") == 2
+    found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert found["trainings"] == [{"dataset": "tiny", "target": "young", "steps": 12}]
 
 
 # -- what goes wrong ----------------------------------------------------------------------------
@@ -541,6 +661,19 @@ def test_too_much_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(MembenchError, match=r"resources.images.cpus: 4096, this machine has"):
         go(sweep, Local())
     assert not (sweep.folder / "tasks").exists()
+    file = write_file(tmp_path, resources={"matches": {"memory": 1e6}})
+    with pytest.raises(MembenchError, match=r"resources.matches.memory: 1e\+06 GiB, this machine"):
+        go(made(file, tmp_path / "results"), Local())
+
+
+def test_memory_is_shared_out(tmp_path: Path) -> None:
+    """Tasks that would not fit beside each other follow each other."""
+    resources = {"default": {"memory": 0.6 * memory()}}
+    sweep = made(write_file(tmp_path, shards=2, resources=resources), tmp_path / "results")
+    go(sweep, Local(jobs=2))
+    spans = sorted((a.started, a.finished) for t in sweep.tasks.values() for a in sweep.attempts(t))
+    assert len(spans) > 4
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
 # -- commands -----------------------------------------------------------------------------------

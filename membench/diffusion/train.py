@@ -278,7 +278,8 @@ def train(
     recipe's `snapshots`. `resume` goes on from the checkpoint, with as many threads as before, and
     gives the same weights, bit for bit on one kind of machine, as a run that was never
     interrupted; without it a folder that holds a checkpoint is refused. Images may be
-    memory-mapped: a step reads its batch. Under `accelerate launch` every process takes its slice
+    memory-mapped: a step reads its batch. What `report`, called after each step, raises ends the
+    training with a checkpoint of that step. Under `accelerate launch` every process takes its slice
     of each batch; the first one writes. Returns the content of `training.json`.
     """
     training = recipe.training
@@ -390,7 +391,6 @@ def train(
         state.step += 1
         state.loss_sum += value
         state.seconds += time.monotonic() - started
-        report(state.step, value)
 
         if first and state.step in training.snapshots:
             _save_weights(snapshot(folder, state.step), state)
@@ -399,8 +399,15 @@ def train(
                 evaluate()
             state.loss_sum = 0.0
         last = state.step == training.last_step
-        if first and (last or state.step % training.checkpoint_every == 0):
+        due = last or state.step % training.checkpoint_every == 0
+        if first and due:
             _save_checkpoint(checkpoint, identity, state)
+        try:
+            report(state.step, value)
+        except BaseException:
+            if first and not due:
+                _save_checkpoint(checkpoint, identity, state)
+            raise
 
     if first:
         if not curve or curve[-1]["step"] < state.step:

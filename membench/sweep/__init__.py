@@ -2,7 +2,8 @@
 
 A sweep is a folder, `RESULTS/sweeps/NAME-ID/`, that any machine with access to it can ask:
 
-    sweep.json               the manifest: cells, tasks, resources, hash of the code; written once
+    sweep.json               the manifest: cells, tasks, resources, hash of the code; written again
+                             only when a target has been trained (`membench.sweep.growth`)
     code/                    the snapshot that workers run (`membench.sweep.snapshot`)
     executor                 the name of the executor that started it last
     cancelled                there while the sweep is cancelled: no task starts, running ones stop

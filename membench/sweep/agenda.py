@@ -16,9 +16,13 @@ class Agenda:
 
     def __init__(self, sweep: Sweep, tasks: Sequence[Task], told: Told | None = None):
         self.sweep = sweep
-        self.statuses = sweep.statuses()
-        self.waiting = {task.id: task for task in tasks if not self._settled(task.id)}
         self.told = told
+        self._take(tasks)
+
+    def _take(self, tasks: Sequence[Task]) -> None:
+        self._known = set(self.sweep.tasks)
+        self.statuses = self.sweep.statuses()
+        self.waiting = {task.id: task for task in tasks if not self._settled(task.id)}
         self._users: dict[str, list[str]] = {}
         for task in self.waiting.values():
             for other in (*task.needs, *task.after):
@@ -57,7 +61,15 @@ class Agenda:
             self.told(task, status)
         if status.state in SETTLED:
             self._look_again(task.id)
+        if task.stage == "plan" and status.state == "done":
+            self._grow()
         return status
+
+    def _grow(self) -> None:
+        """Take over what a `plan` task has added; the board, too, now waits for more."""
+        self.sweep.refresh()
+        now, known = self.sweep.tasks, self._known
+        self._take([t for name, t in now.items() if name in self.waiting or name not in known])
 
     def _look_again(self, name: str) -> None:
         for user in self._users.get(name, ()):

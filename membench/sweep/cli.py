@@ -117,7 +117,7 @@ def _go(
     from membench.sweep.dispatch import go
 
     if hasattr(runner, "told") and not as_json:
-        runner.told = _teller(console, len(made.tasks))
+        runner.told = _teller(console, made)
     with _interruptible(made):
         started = go(made, runner, failed=failed)
     if runner.detached and started:
@@ -129,7 +129,7 @@ def _go(
     _report(made, console, as_json)
 
 
-def _teller(console: Console, total: int) -> Any:
+def _teller(console: Console, made: Sweep) -> Any:
     """Prints a line for each task that ended."""
     count = 0
 
@@ -138,7 +138,7 @@ def _teller(console: Console, total: int) -> Any:
         count += status.state in ("done", "failed", "skipped")
         last = status.last
         took = f" in {last.finished - last.started:.1f} s" if last and last.finished else ""
-        line = f"[{count}/{total}] {task.title}: {status.state}"
+        line = f"[{count}/{len(made.tasks)}] {task.title}: {status.state}"
         if status.state == "done":
             line += took
         elif status.state == "skipped":
@@ -214,6 +214,7 @@ def status(
     runner = executor(last_executor(made))
 
     def look() -> tuple[dict[str, Status], list[dict[str, Any]]]:
+        made.refresh()
         found = asked(made, runner)
         return found, rows(made, found)
 

@@ -49,13 +49,17 @@ def _row(sweep: Sweep, cell: CellPlan, statuses: Mapping[str, Status]) -> Row:
         "id": cell.id,
         "record": None,
     }
-    if cell.record is None:
+    if cell.record is None and cell.waits is None:
         return row | {"cause": "error in code"}
-    status = statuses[cell.record]
+    name = cell.record or cell.waits
+    assert name is not None
+    status = statuses[name]
+    if cell.record is None and status.state not in ("failed", "skipped"):
+        return row | {"state": "waiting", "reason": "its target is not trained yet"}
     row |= {"state": status.state, "reason": status.reason or None}
     if status.state == "done":
         return row | _scores(sweep, cell)
-    culprit = _culprit(sweep, cell.record, statuses)
+    culprit = _culprit(sweep, name, statuses)
     if culprit is not None:
         row |= {"task": culprit.task, "cause": culprit.cause and str(culprit.cause)}
         row |= {"log": list(culprit.last.log_tail) if culprit.last else []}

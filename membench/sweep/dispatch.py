@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from membench.errors import MembenchError
-from membench.files import replace_atomically, writing
+from membench.files import writing
 from membench.hashing import content_hash
 from membench.registry import Registry
 from membench.sweep import snapshot
 from membench.sweep.executor import Executor
-from membench.sweep.folder import CANCELLED, CODE, EXECUTOR, MANIFEST, SWEEPS, Manifest, Sweep
+from membench.sweep.folder import (
+    CANCELLED,
+    CODE,
+    EXECUTOR,
+    MANIFEST,
+    SWEEPS,
+    Manifest,
+    Sweep,
+    write_manifest,
+)
 from membench.sweep.plan import Plan
 from membench.sweep.tasks import RETRIED, Cause, Report, Status, Task
 
@@ -32,12 +41,16 @@ def create(
     folder = results.resolve() / SWEEPS / f"{plan.spec.name}-{name}"
     if (folder / MANIFEST).is_file():
         return Sweep(folder), False
+    for before in sorted(folder.parent.glob(f"{plan.spec.name}-*/{MANIFEST}")):
+        if _has_grown_into(Sweep(before.parent).manifest, plan, code):
+            return Sweep(before.parent), False
     weights = plan.spec.descriptor_weights
     manifest = Manifest(
         name=plan.spec.name,
         id=name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         spec=plan.spec,
+        file=str(file.resolve()),
         executor=executor,
         device=plan.device,
         data=str(registry.data.resolve()),
@@ -49,9 +62,21 @@ def create(
     )
     with writing(folder):
         snapshot.take(registry.folders, folder / CODE, code)
-        text = json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n"
-        replace_atomically(folder / MANIFEST, lambda path: path.write_text(text, "utf-8"))
+        write_manifest(folder, manifest)
     return Sweep(folder), True
+
+
+def _has_grown_into(manifest: Manifest, plan: Plan, code: dict[str, Any]) -> bool:
+    """Whether a sweep that began with trainings is, or is about to be, the planned one."""
+    if manifest.spec != plan.spec or manifest.code["sha256"] != code["sha256"]:
+        return False
+    if all(task.target is None for task in manifest.tasks):
+        return False
+    waiting = any(row.waits for row in manifest.cells)
+    ids = {row.id for row in plan.cells}
+    return all(row.waits or row.id in ids for row in manifest.cells) and (
+        waiting or len(manifest.cells) == len(plan.cells)
+    )
 
 
 def go(

@@ -19,7 +19,7 @@ from membench.specs import explain
 from membench.specs_base import Spec
 from membench.store import MANIFEST as ARTIFACT
 from membench.store import part_marker
-from membench.sweep.specs import SweepSpec
+from membench.sweep.specs import STAGES, Resources, SweepSpec
 from membench.sweep.tasks import (
     RETRIED,
     Attempt,
@@ -35,7 +35,7 @@ from membench.sweep.tasks import (
 SCHEMA = 1
 SWEEPS, MANIFEST, CODE, TASKS, CANCELLED = "sweeps", "sweep.json", "code", "tasks", "cancelled"
 SUMMARY, BOARD, EXECUTOR = "summary", "board", "executor"
-LOCK, SUBMITTED = "lock", "submitted.json"
+LOCK, SUBMITTED, GROWING = "lock", "submitted.json", "growing"
 ENDLESS = 100
 """Attempts of one task, stopped ones included, after which nobody believes in progress."""
 TAIL = 20
@@ -45,8 +45,9 @@ TAIL = 20
 class Manifest(Spec):
     """What was submitted: everything a worker needs besides the data sets themselves.
 
-    plugins: folders inside `code/`. data, descriptor_weights: absolute paths. code: hash of the
-    snapshot, and the commit it was taken from.
+    file: the sweep file, absolute; what it names lies beside it. plugins: folders inside `code/`.
+    data, descriptor_weights: absolute paths. code: hash of the snapshot, and the commit it was
+    taken from.
     """
 
     schema_: int = SCHEMA
@@ -54,6 +55,7 @@ class Manifest(Spec):
     id: str
     created: str
     spec: SweepSpec
+    file: str = ""
     executor: str
     device: str
     data: str
@@ -63,13 +65,25 @@ class Manifest(Spec):
     cells: tuple[CellPlan, ...]
     tasks: tuple[Task, ...]
 
+    @property
+    def asked(self) -> list[tuple[str, Resources]]:
+        """Stage and resources of all tasks, also of those that are planned after a training."""
+        found = [(task.stage, task.resources) for task in self.tasks]
+        if any(cell.waits for cell in self.cells):
+            found += [(stage, self.spec.resources_of(stage, self.device)) for stage in STAGES]
+        return found
+
 
 class Sweep:
-    """The folder of a sweep; the results folder is where it lies, `FOLDER/../..`."""
+    """The folder of a sweep; the results folder is where it lies, `FOLDER/../..`.
+
+    What the manifest says is read once, and again by `refresh` after the sweep has grown.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
         self.results = self.folder.parent.parent
+        self._stamp = _stamp_of(self.folder / MANIFEST)
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -84,6 +98,18 @@ class Sweep:
     def tasks(self) -> dict[str, Task]:
         """By id, each after all that it needs."""
         return {task.id: task for task in self.manifest.tasks}
+
+    def grow(self, manifest: Manifest) -> None:
+        """Write another manifest in the place of this one, whose targets are trained now."""
+        write_manifest(self.folder, manifest)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Forget the manifest if the one on disk is another."""
+        if self._stamp != (stamp := _stamp_of(self.folder / MANIFEST)):
+            self._stamp = stamp
+            for name in ("manifest", "tasks"):
+                self.__dict__.pop(name, None)
 
     @property
     def name(self) -> str:
@@ -310,9 +336,9 @@ def _status(
 
 
 def needed_of(tasks: Mapping[str, Task], done: Callable[[Task], bool]) -> set[str]:
-    """Ids of the tasks that missing records rest on; the board is always one."""
+    """Ids of the tasks that missing records rest on, or that will plan such; and the board's."""
     found: set[str] = set()
-    waiting = [task for task in tasks.values() if task.stage in ("record", "board")]
+    waiting = [task for task in tasks.values() if task.stage in ("plan", "record", "board")]
     while waiting:
         task = waiting.pop()
         if task.id not in found and not done(task):
@@ -322,9 +348,9 @@ def needed_of(tasks: Mapping[str, Task], done: Callable[[Task], bool]) -> set[st
 
 
 def product_is_there(results: Path, product: Product) -> bool:
-    """Whether an artifact is whole, or its parts are, or a record is written."""
+    """Whether an artifact is whole, or its parts are, or a record or weights are written."""
     path = results / product.path
-    if path.suffix == ".json":
+    if path.suffix in (".json", ".safetensors"):
         return path.is_file()
     if (path / ARTIFACT).is_file():
         return True
@@ -348,6 +374,19 @@ def find_sweep(results: Path, name: str) -> Sweep:
         known = ", ".join(sorted(p.name for p in found)) or "none"
         raise MembenchError(f"no sweep named {name!r} in {results / SWEEPS}; there are: {known}")
     return Sweep(max(named, key=lambda p: (p / MANIFEST).stat().st_mtime))
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    _write(folder / MANIFEST, manifest.model_dump(mode="json"))
+
+
+def _stamp_of(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is replaced by another; None: there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _attempts(place: Path) -> list[Attempt]:

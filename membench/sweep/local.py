@@ -40,6 +40,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def memory() -> float:
+    """GiB of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
 def gpus() -> tuple[str, ...]:
     """Names of the GPUs this process may use, as CUDA_VISIBLE_DEVICES takes them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -92,19 +97,22 @@ class Local:
 
     def check(self, sweep: Sweep) -> None:
         """No task may ask for more than the machine has."""
-        have, found = cores(), None
-        for task in sweep.manifest.tasks:
-            ask = task.resources
+        have, room, found = cores(), memory(), None
+        for stage, ask in sweep.manifest.asked:
             if ask.cpus > have:
                 raise MembenchError(
-                    f"{sweep.name}: resources.{task.stage}.cpus: {ask.cpus}, "
-                    f"this machine has {have}"
+                    f"{sweep.name}: resources.{stage}.cpus: {ask.cpus}, this machine has {have}"
+                )
+            if ask.memory is not None and ask.memory > room:
+                raise MembenchError(
+                    f"{sweep.name}: resources.{stage}.memory: {ask.memory:g} GiB, this machine has "
+                    f"{room:.4g}"
                 )
             if ask.gpus:
                 found = gpus() if found is None else found
                 if ask.gpus > len(found):
                     raise MembenchError(
-                        f"{sweep.name}: resources.{task.stage}.gpus: {ask.gpus}, this machine has "
+                        f"{sweep.name}: resources.{stage}.gpus: {ask.gpus}, this machine has "
                         f"{len(found)}"
                     )
 
@@ -140,10 +148,10 @@ class Pool:
     _number: int = 0
 
     def __post_init__(self) -> None:
-        wanted = max((task.resources.cpus for task in self.agenda.waiting.values()), default=1)
+        asked = [resources for _, resources in self.sweep.manifest.asked]
+        wanted = max((resources.cpus for resources in asked), default=1)
         self.cores = max(cores(), (self.jobs or 0) * wanted)
-        any_gpu = any(task.resources.gpus for task in self.agenda.waiting.values())
-        self.gpus = gpus() if any_gpu else ()
+        self.gpus = gpus() if any(resources.gpus for resources in asked) else ()
 
     def run(self) -> None:
         """Hand tasks out until none is left that can be run."""
@@ -174,10 +182,12 @@ class Pool:
                 seat.pipes[0].flush()
 
     def _may(self, task: Task) -> bool:
-        """Whether the caps on tasks at a time allow one more of this stage."""
+        """Whether the caps on tasks at a time, and the memory they ask for, allow this one."""
         running = [seat.task for seat in self.seats if seat.task is not None]
         caps = [cap for cap in (self.jobs, self.sweep.manifest.spec.concurrency) if cap is not None]
         if len(running) >= min(caps, default=len(running) + 1):
+            return False
+        if running and sum(t.resources.memory or 0.0 for t in (*running, task)) > memory():
             return False
         same = sum(other.stage == task.stage for other in running)
         return task.resources.concurrency is None or same < task.resources.concurrency

@@ -2,6 +2,10 @@
 
 The identities of tasks are those of artifacts (`Artifact.key`): what five methods need of one
 target is one task, and what the results folder holds already is done.
+
+Identities hold the hash of the target's weights. So the cells of a target that is still to be
+trained only wait at first: its graph is a `train` and a `plan` task, and the latter plans the sweep
+again (`membench.sweep.growth`).
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from membench.diffusion.train import WEIGHTS
 from membench.errors import MembenchError
 from membench.hub import names_place
 from membench.lab import Progress
@@ -22,11 +27,10 @@ from membench.run import Cell, Loaded, prepare, resolve_device
 from membench.specs import Similarity, changed_similarity
 from membench.store import Artifact, with_inputs
 from membench.sweep.folder import TAIL, needed_of, product_is_there
-from membench.sweep.specs import DatasetChoice, MethodChoice, Resources, SweepSpec
+from membench.sweep.specs import ON_DEVICE, DatasetChoice, MethodChoice, SweepSpec
 from membench.sweep.tasks import CellPlan, Product, Task
+from membench.targets import to_train, trained_folder
 
-ON_DEVICE = ("check", "images", "classifier", "labels", "descriptors")
-"""Stages that compute on the sweep's device; the others never need a GPU."""
 FUSED = ("labels", "descriptors")
 """Made by the task of whatever needs them, if that is one task: a job each would be too small."""
 Work = tuple[int, int]
@@ -37,7 +41,8 @@ class Plan:
     """What a sweep file comes to on this machine; nothing is written.
 
     device: as workers will name it. needed: ids of tasks that missing records rest on. prepared:
-    by the index of their row in `cells`, without those that failed. artifacts: by key, each once.
+    by the index of their row in `cells`, without those that failed or wait for a training.
+    artifacts: by key, each once. trainings: steps of those to do, by data set and recipe.
     """
 
     spec: SweepSpec
@@ -47,6 +52,7 @@ class Plan:
     needed: frozenset[str] = frozenset()
     prepared: dict[int, Cell] = field(default_factory=dict)
     artifacts: dict[str, Artifact[Any]] = field(default_factory=dict)
+    trainings: dict[tuple[str, str], int] = field(default_factory=dict)
 
     @property
     def calls(self) -> Work:
@@ -76,19 +82,30 @@ def plan(
     progress: Progress,
     *,
     executor: str,
+    device: str | None = None,
 ) -> Plan:
     """Resolve every name and put the graph together.
 
+    executor: decides about the device, unless `device` names it, which this machine need not have.
     A mistake in the file is a `MembenchError` naming file and field; a method whose code fails is a
     failed row, and the others are planned.
     """
-    device, here = device_of(spec, executor)
+    device, here = device_of(spec, executor) if device is None else (device, False)
     weights = None if spec.descriptor_weights is None else file.parent / spec.descriptor_weights
     loaded, seen = Loaded(), set[str]()
     rows: list[CellPlan] = []
     prepared: dict[int, Cell] = {}
+    trainings: dict[tuple[str, str], int] = {}
     for dataset, target, method, seed in _combinations(spec, file, registry):
         options = _options(spec, file, registry, dataset, target, method, seed, device)
+        card = registry.card(dataset)
+        recipe = to_train(card, target, results)
+        if recipe is not None:
+            row = _waiting_row(file, registry, results, progress, options, recipe, loaded, weights)
+            if row.waits is not None:
+                trainings[dataset, recipe] = card.recipe(recipe).training.last_step
+            rows.append(row)
+            continue
         made = _prepare(file, registry, results, progress, options, here, loaded, weights)
         if isinstance(made, Cell):
             if made.id in seen:
@@ -96,11 +113,12 @@ def plan(
             seen.add(made.id)
             prepared[len(rows)] = made
         rows.append(_row(options, made, results))
-    tasks, artifacts = _graph(spec, device, results, prepared)
+    first = [task for pair in trainings for task in _training(spec, device, registry, *pair)]
+    tasks, artifacts = _graph(spec, device, results, prepared, first)
     needed = frozenset(
         needed_of({task.id: task for task in tasks}, lambda t: _is_there(results, t))
     )
-    return Plan(spec, device, tuple(rows), tuple(tasks), needed, prepared, artifacts)
+    return Plan(spec, device, tuple(rows), tuple(tasks), needed, prepared, artifacts, trainings)
 
 
 def _is_there(results: Path, task: Task) -> bool:
@@ -225,13 +243,41 @@ def _prepare(
         return f"{type(error).__name__}: {error}", tuple(lines)
 
 
+STAND_IN = "oracle:0.5"
+
+
+def _waiting_row(
+    file: Path,
+    registry: Registry,
+    results: Path,
+    progress: Progress,
+    options: dict[str, Any],
+    recipe: str,
+    loaded: Loaded,
+    weights: Path | None,
+) -> CellPlan:
+    """A cell that is planned once `recipe` is trained; mistakes in it are found now.
+
+    For that it is prepared with a target that needs no training.
+    """
+    trial = options | {"target": STAND_IN}
+    made = _prepare(file, registry, results, progress, trial, False, loaded, weights)
+    if not isinstance(made, Cell):
+        return _row(options, made, results)
+    waits = _training_ids(options["dataset"], recipe)[1]
+    return CellPlan(options=options, title=_title(options, options["target"]), waits=waits)
+
+
+def _title(options: dict[str, Any], target: str) -> str:
+    settings = ", ".join(f"{name}={value}" for name, value in options["settings"].items())
+    method = options["method"] + (f"({settings})" if settings else "")
+    return f"{method} on {options['dataset']}/{target}, seed {options['seed']}"
+
+
 def _row(
     options: dict[str, Any], made: Cell | tuple[str, tuple[str, ...]], results: Path
 ) -> CellPlan:
-    settings = ", ".join(f"{name}={value}" for name, value in options["settings"].items())
-    method = options["method"] + (f"({settings})" if settings else "")
-    target = made.spec.target if isinstance(made, Cell) else options["target"]
-    title = f"{method} on {options['dataset']}/{target}, seed {options['seed']}"
+    title = _title(options, made.spec.target if isinstance(made, Cell) else options["target"])
     if not isinstance(made, Cell):
         return CellPlan(options=options, title=title, failed=made[0], log=made[1])
     work = [artifact.planned for artifact in with_inputs(made.artifacts)]
@@ -248,8 +294,42 @@ def _row(
 # -- the graph ----------------------------------------------------------------------------------
 
 
+def _training_ids(dataset: str, recipe: str) -> tuple[str, str]:
+    return f"train-{dataset}-{recipe}", f"plan-{dataset}-{recipe}"
+
+
+def _training(
+    spec: SweepSpec, device: str, registry: Registry, dataset: str, recipe: str
+) -> list[Task]:
+    """A target's training, and the planning of what rests on it."""
+    train, then = _training_ids(dataset, recipe)
+    weights = trained_folder(registry.card(dataset), recipe, Path()) / WEIGHTS
+    return [
+        Task(
+            id=train,
+            stage="train",
+            title=f"training of {dataset}/{recipe}",
+            target=(dataset, recipe),
+            product=Product(path=weights.as_posix()),
+            resources=spec.resources_of("train", device),
+        ),
+        Task(
+            id=then,
+            stage="plan",
+            title=f"plan for {dataset}/{recipe}, once it is trained",
+            target=(dataset, recipe),
+            needs=(train,),
+            resources=spec.resources_of("plan", device),
+        ),
+    ]
+
+
 def _graph(
-    spec: SweepSpec, device: str, results: Path, cells: dict[int, Cell]
+    spec: SweepSpec,
+    device: str,
+    results: Path,
+    cells: dict[int, Cell],
+    trainings: Sequence[Task],
 ) -> tuple[list[Task], dict[str, Artifact[Any]]]:
     first: dict[str, int] = {}
     artifacts: dict[str, Artifact[Any]] = {}
@@ -280,7 +360,7 @@ def _graph(
             found |= dict.fromkeys(made_by.get(artifact.key) or makers(artifact.inputs))
         return tuple(found)
 
-    tasks: list[Task] = []
+    tasks = list(trainings)
     for number, cell in cells.items():
         check = _check(spec, device, number, cell)
         if all(task.id != check.id for task in tasks):
@@ -305,14 +385,19 @@ def _graph(
                 cell=number,
                 product=Product(path=(cell.folder / RECORD).relative_to(results).as_posix()),
                 needs=makers(cell.artifacts),
-                resources=_resources(spec, "record", device),
+                resources=spec.resources_of("record", device),
             )
         )
-    records = tuple(task.id for task in tasks if task.stage == "record")
-    if records:
-        board = _resources(spec, "board", device)
-        tasks.append(Task(id="board", stage="board", title="board", after=records, resources=board))
-    return tasks, artifacts
+    return with_board(spec, device, tasks), artifacts
+
+
+def with_board(spec: SweepSpec, device: str, tasks: Sequence[Task]) -> list[Task]:
+    """The tasks and a board after all records, and after all plans, which may add more."""
+    last = tuple(task.id for task in tasks if task.stage in ("plan", "record"))
+    if not last:
+        return list(tasks)
+    board = spec.resources_of("board", device)
+    return [*tasks, Task(id="board", stage="board", title="board", after=last, resources=board)]
 
 
 def _tasks_of(
@@ -342,7 +427,7 @@ def _tasks_of(
             key=artifact.key,
             product=Product(path=path, parts=parts),
             needs=needs,
-            resources=_resources(spec, artifact.kind, device),
+            resources=spec.resources_of(artifact.kind, device),
             unet_calls=share(planned.unet_calls),
             classifier_calls=share(planned.classifier_calls),
         )
@@ -371,15 +456,8 @@ def _check(spec: SweepSpec, device: str, number: int, cell: Cell) -> Task:
         stage="check",
         title=f"check of {cell.spec.dataset}/{cell.spec.target}",
         cell=number,
-        resources=_resources(spec, "check", device),
+        resources=spec.resources_of("check", device),
     )
-
-
-def _resources(spec: SweepSpec, stage: str, device: str) -> Resources:
-    asked = spec.resources_of(stage)
-    if device.startswith("cuda") and stage in ON_DEVICE and not asked.gpus:
-        return asked.model_copy(update={"gpus": 1})
-    return asked
 
 
 def _whose(cell: Cell) -> str:

@@ -35,6 +35,7 @@ def dry_run(plan: Plan, lines: Sequence[Line]) -> dict[str, Any]:
                 "title": row.title,
                 "id": row.id,
                 "failed": row.failed,
+                "waits": row.waits,
                 "cached": i in plan.prepared and _recorded(plan, i),
                 "stages": len(keys := _keys(plan, i)),
                 "stages_cached": len(keys & cached),
@@ -42,6 +43,10 @@ def dry_run(plan: Plan, lines: Sequence[Line]) -> dict[str, Any]:
             for i, row in enumerate(plan.cells)
         ],
         "jobs": dict(Counter(task.stage for task in open_tasks)),
+        "trainings": [
+            {"dataset": dataset, "target": target, "steps": steps}
+            for (dataset, target), steps in plan.trainings.items()
+        ],
         "artifacts": {"all": len(plan.artifacts), "cached": len(cached)},
         "model_calls": {
             "to_do": [sum(w.unet_calls for w in todo), sum(w.classifier_calls for w in todo)],
@@ -88,6 +93,8 @@ def plan_table(found: Mapping[str, Any]) -> RenderableType:
         state = "to do"
         if cell["failed"]:
             state = f"[red]cannot be planned: {escape(cell['failed'])}"
+        elif cell["waits"]:
+            state = "[yellow]after training"
         elif cell["cached"]:
             state = "[green]record there"
         table.add_row(escape(cell["title"]), str(cell["stages"]), str(cell["stages_cached"]), state)
@@ -102,8 +109,16 @@ def plan_table(found: Mapping[str, Any]) -> RenderableType:
         f"{_both(calls['apart'])}",
         f"             that is {_percent(calls, 0)} of the U-Net calls, {share(calls)} of all",
         *_estimates(found["estimate"]),
+        *_trainings(found["trainings"]),
     ]
     return Group(table, Text(), Text("\n".join(lines)))
+
+
+def _trainings(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not found:
+        return []
+    told = ", ".join(f"{t['dataset']}/{t['target']} ({t['steps']:,} steps)" for t in found)
+    return [f"training     {told}; not counted above, nor its cells"]
 
 
 def share(calls: Mapping[str, Any]) -> str:
@@ -155,7 +170,7 @@ def status_table(
         table.add_column(name, justify="right" if "%" in name or name == "done" else "left")
     for cell, row in zip(sweep.manifest.cells, rows, strict=True):
         state = row["state"]
-        done, total = _progress(sweep, cell.record, statuses)
+        done, total = _progress(sweep, cell.record or cell.waits, statuses)
         why = row["reason"] or ""
         if row["cause"]:
             why = f"{row['cause']}: {why}"

@@ -87,15 +87,15 @@ class Slurm:
 
     def check(self, sweep: Sweep) -> None:
         """Every stage must fit a node of its partition; Slurm itself is asked, too."""
-        asked: dict[str, Task] = {}
-        for task in sweep.manifest.tasks:
-            asked.setdefault(task.resources.model_dump_json(), task)
+        asked: dict[str, tuple[str, Resources]] = {}
+        for stage, resources in sweep.manifest.asked:
+            asked.setdefault(resources.model_dump_json(), (stage, resources))
         found = partitions()
-        for task in asked.values():
-            where = f"{sweep.name}: resources.{task.stage}"
-            name = _check_partition(where, task.resources, found)
-            _check_nodes(where, task.resources, name, nodes(name))
-            _test_only(where, task.resources)
+        for stage, resources in asked.values():
+            where = f"{sweep.name}: resources.{stage}"
+            name = _check_partition(where, resources, found)
+            _check_nodes(where, resources, name, nodes(name))
+            _test_only(where, resources)
 
     def start(self, sweep: Sweep, tasks: Sequence[Task]) -> None:
         """Queue what is not queued yet; raises only if the controller stays away."""
@@ -179,6 +179,8 @@ def arrays(sweep: Sweep, tasks: Sequence[Task], largest: int, *, capped: bool) -
 
 def _place(sweep: Sweep, task: Task) -> str:
     """Data set and target of a task: those of different ones do not wait for each other."""
+    if task.target is not None:
+        return "/".join(task.target)
     if task.cell is None:
         return ""
     options = sweep.manifest.cells[task.cell].options

@@ -20,7 +20,9 @@ from types import FrameType
 from typing import NoReturn
 
 from membench.errors import MembenchError
-from membench.sweep.folder import Sweep
+from membench.files import locked
+from membench.sweep.agenda import SETTLED
+from membench.sweep.folder import GROWING, Sweep
 from membench.sweep.slurm_commands import (
     PATIENCE,
     ask,
@@ -71,6 +73,8 @@ def _full_disk_has_its_code() -> Iterator[None]:
 # -- one task ------------------------------------------------------------------------------------
 
 _received: list[int] = []
+_preempted: list[str] = []
+"""The job, once Slurm has said that it is being preempted."""
 
 
 def _keep_signals() -> None:
@@ -103,7 +107,7 @@ def supervise(sweep: Sweep, task: Task) -> int:
     if _received:
         return _stopped(sweep, task, job)
     ooms = oom_kills()
-    code = _watch(_start(sweep, task))
+    code = _watch(_start(sweep, task), job)
     if code == STOPPED or -code in STOPS:
         return _stopped(sweep, task, job)
     if code < 0:
@@ -114,6 +118,8 @@ def supervise(sweep: Sweep, task: Task) -> int:
     if code == EXIT[Cause.DISK] and not (attempts and attempts[-1].cause is Cause.DISK):
         with suppress(OSError):
             sweep.close(task, Cause.DISK, "no space left on the disk to note anything")
+    if task.stage == "plan" and code == EXIT[None]:
+        _queue_the_new(sweep)
     last = attempts[-1] if attempts else None
     if code != 0 and last is not None and last.cause in RETRIED and sweep.attempts_left(task):
         _requeue(sweep, task, job)
@@ -147,14 +153,29 @@ def _start(sweep: Sweep, task: Task) -> subprocess.Popen[bytes]:
         signal.signal(signal.SIGUSR2, heard)
 
 
-def _watch(worker: subprocess.Popen[bytes]) -> int:
+def _watch(worker: subprocess.Popen[bytes], job: str) -> int:
     """Wait for the worker's end, passing signals on; its exit code, negative for a signal."""
+    asked = False
     while True:
         try:
             return worker.wait(AGAIN if _received else 0.2)
         except subprocess.TimeoutExpired:
             if _received:
                 worker.send_signal(signal.SIGUSR2)
+                if not asked:
+                    asked = True
+                    _was_preempted(job)
+
+
+def _was_preempted(job: str) -> bool:
+    """Whether the signal was a preemption's.
+
+    To be asked as soon as it comes, and again at the end: the controller forgets it when the grace
+    time is over and the job is back in the queue.
+    """
+    if not _preempted and is_preempted(job):
+        _preempted.append(job)
+    return bool(_preempted)
 
 
 def _stopped(sweep: Sweep, task: Task, job: str) -> int:
@@ -170,7 +191,7 @@ def _stopped(sweep: Sweep, task: Task, job: str) -> int:
             sweep.write(task, last.model_copy(update=change))
         return EXIT[Cause.CANCELLED]
     if last is not None:
-        preempted = is_preempted(job)
+        preempted = _was_preempted(job)
         reason = "preempted" if preempted else "stopped before Slurm's time limit"
         cause = Cause.KILLED if preempted else Cause.TIME
         sweep.write(task, last.model_copy(update={"cause": cause, "reason": reason}))
@@ -186,7 +207,7 @@ def _is_cancelled(job: str) -> bool:
     ends it, too.
     """
     ending = own_state(job) in ("CANCELLED", "COMPLETING")
-    return ending and signal.SIGUSR2 not in _received and not is_preempted(job)
+    return ending and signal.SIGUSR2 not in _received and not _was_preempted(job)
 
 
 def _requeue(sweep: Sweep, task: Task, job: str) -> None:
@@ -234,6 +255,20 @@ def job_name() -> str:
     if array is None:
         return os.environ["SLURM_JOB_ID"]
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+
+
+def _queue_the_new(sweep: Sweep) -> None:
+    """Queue what a plan has added; what waits for its end already stays in the queue."""
+    from membench.sweep.slurm import Slurm
+
+    slurm = Slurm()
+    with locked(sweep.folder / GROWING):
+        sweep.refresh()
+        open_ = [task for task in sweep.tasks.values() if not sweep.done(task)]
+        statuses = sweep.statuses(slurm.ask(sweep, open_))
+        tasks = [task for task in open_ if statuses[task.id].state not in SETTLED]
+        with outside_of_jobs():
+            slurm.start(sweep, tasks)
 
 
 # -- the last job --------------------------------------------------------------------------------

@@ -12,17 +12,20 @@ from membench.errors import MembenchError
 from membench.specs_base import Spec, described
 
 Setting = bool | int | float | str
-STAGES = ("check", "images", "classifier", "labels", "descriptors", "matches", "facts", "record",
-          "board")  # fmt: skip
+STAGES = ("train", "plan", "check", "images", "classifier", "labels", "descriptors", "matches",
+          "facts", "record", "board")  # fmt: skip
+ON_DEVICE = ("train", "check", "images", "classifier", "labels", "descriptors")
+"""Stages that compute on the sweep's device; the others never need a GPU."""
 
 
 class Resources(Spec):
     """What one task of a stage asks for.
 
     gpus, cpus: of one task; a worker uses `cpus` threads. memory: in GiB. minutes: a task that
-    takes longer is stopped at a batch boundary and goes on in another attempt. concurrency: how
-    many tasks of this stage run at a time. extra: options of sbatch, as in { qos = "long" }. Only
-    `slurm` looks at partition, account, constraint, memory and extra.
+    takes longer is stopped at a batch boundary and goes on in another attempt. `train` uses one GPU
+    at most. concurrency: how many tasks of this stage run at a time. extra: options of sbatch, as
+    in { qos = "long" }. `local` starts no more tasks than have room in the machine's memory; only
+    `slurm` looks at partition, account, constraint and extra.
     """
 
     gpus: int = Field(default=0, ge=0)
@@ -144,9 +147,15 @@ class SweepSpec(Spec):
             raise ValueError(f"{twice[0]!r} is named twice")
         return values
 
-    def resources_of(self, stage: str) -> Resources:
-        """What a task of this stage asks for."""
-        return self.resources.get(stage) or self.resources.get("default") or Resources()
+    def resources_of(self, stage: str, device: str = "cpu") -> Resources:
+        """What a task of this stage asks for; on a CUDA device one GPU, if none is asked for."""
+        asked = self.resources.get(stage) or self.resources.get("default") or Resources()
+        gpus = asked.gpus
+        if device.startswith("cuda") and stage in ON_DEVICE:
+            gpus = max(1, gpus)
+        if stage == "train":
+            gpus = min(1, gpus)
+        return asked.model_copy(update={"gpus": gpus})
 
 
 def load_sweep(path: Path) -> SweepSpec:

@@ -41,7 +41,7 @@ EXIT: dict[Cause | None, int] = {
 
 
 class Product(Spec):
-    """What a task leaves in the results folder: `path` there is a folder or a record.
+    """What a task leaves in the results folder: `path` there is a folder, a record or weights.
 
     parts: first and last (exclusive) part of a sharded artifact, for a task that makes only these.
     """
@@ -53,10 +53,11 @@ class Product(Spec):
 class Task(Spec):
     """One node of the graph: what one job does.
 
-    stage: `check`, an artifact's kind (`images`, `classifier`, `matches`, ...), `record` or
-    `board`; it decides the resources. cell: the first cell that needs it, by whose options a worker
-    finds the artifact `key`. needs: tasks that must be done first. after: tasks that must have
-    ended, whatever became of them. unet_calls, classifier_calls: model calls it will make.
+    stage: `train`, `plan`, `check`, an artifact's kind (`images`, `classifier`, `matches`, ...),
+    `record` or `board`; it decides the resources. cell: the first cell that needs it, by whose
+    options a worker finds the artifact `key`. target: data set and recipe, of a `train` or `plan`.
+    needs: tasks that must be done first. after: tasks that must have ended, whatever became of
+    them. unet_calls, classifier_calls: model calls it will make.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Task(Spec):
     title: str
     cell: int | None = None
     key: str | None = None
+    target: tuple[str, str] | None = None
     product: Product | None = None
     needs: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
@@ -76,8 +78,9 @@ class CellPlan(Spec):
     """One row of the sweep: options of `membench.run.prepare`, and what they came to.
 
     id, folder: of the record (folder below the results). failed: why the cell cannot be planned
-    (its plugin is broken), with `log`, the end of the traceback. calls: model calls of this cell
-    alone, in an empty results folder: (U-Net, classifier).
+    (its plugin is broken), with `log`, the end of the traceback. waits: the task that will plan the
+    cell, once its target is trained. calls: model calls of this cell alone, in an empty results
+    folder: (U-Net, classifier).
     """
 
     options: dict[str, Any]
@@ -86,6 +89,7 @@ class CellPlan(Spec):
     folder: str | None = None
     record: str | None = Field(default=None, description="id of the task that writes the record")
     failed: str | None = None
+    waits: str | None = None
     log: tuple[str, ...] = ()
     calls: tuple[int, int] = (0, 0)
 

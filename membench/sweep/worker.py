@@ -81,7 +81,8 @@ class Desk:
 
     def cell(self, task: Task, progress: Progress) -> Cell:
         """The cell a task belongs to; on this machine's device if the task computes there."""
-        from membench.sweep.plan import ON_DEVICE, prepare_cell
+        from membench.sweep.plan import prepare_cell
+        from membench.sweep.specs import ON_DEVICE
 
         assert task.cell is not None
         manifest = self.sweep.manifest
@@ -111,6 +112,7 @@ def work(
     Never raises for what goes wrong in the task: that is written into the sweep's folder.
     """
     sweep = desk.sweep if desk is not None else Sweep(folder)
+    sweep.refresh()
     task = sweep.tasks.get(name)
     if task is None:
         raise MembenchError(f"{sweep.folder}: no task named {name!r}")
@@ -194,6 +196,14 @@ def _run(sweep: Sweep, task: Task, desk: Desk | None, watch: Watch) -> None:
 
     desk = desk or Desk(sweep)
     with threads(task.resources.cpus):
+        if task.stage == "train":
+            _train(sweep, task, desk, watch)
+            return
+        if task.stage == "plan":
+            from membench.sweep.growth import grow
+
+            grow(sweep, desk.registry, watch)
+            return
         cell = desk.cell(task, watch)
         if task.stage == "check":
             return  # data, weights and device are there
@@ -207,6 +217,36 @@ def _run(sweep: Sweep, task: Task, desk: Desk | None, watch: Watch) -> None:
                 "is another version of a plugin installed on this machine?"
             )
         _make(task, cell, wanted[0], watch)
+
+
+def _train(sweep: Sweep, task: Task, desk: Desk, watch: Watch) -> None:
+    """Train a target by its card's recipe; a stop leaves a checkpoint of the step it came at."""
+    from membench.run import resolve_device
+    from membench.training import train_recipe
+
+    assert task.target is not None
+    dataset, name = task.target
+    card = desk.registry.card(dataset)
+    recipe = card.recipe(name)
+    with watch(task.title, recipe.training.last_step, "steps") as advance:
+        at = 0
+
+        def report(step: int, loss: float) -> None:
+            nonlocal at
+            at, before = step, at
+            advance(step - before)
+
+        train_recipe(
+            desk.registry,
+            card,
+            name,
+            sweep.results,
+            recipe,
+            device=resolve_device(sweep.manifest.device),
+            resume=True,
+            report=report,
+            say=print,
+        )
 
 
 def _make(task: Task, cell: Cell, artifact: Artifact[Any], watch: Watch) -> None:

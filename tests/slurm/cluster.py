@@ -124,6 +124,7 @@ class Trial:
     folder: Path
     results: Path
     sweep: Sweep = field(init=False)
+    plugins: Sequence[Path] = (PLUGINS,)
 
     def write(self, **content: Any) -> Path:
         """The sweep file, TOML."""
@@ -132,7 +133,7 @@ class Trial:
         return path
 
     def create(self, file: Path, executor: str = "slurm", results: Path | None = None) -> Sweep:
-        registry, where = Registry([PLUGINS]), results or self.results
+        registry, where = Registry(self.plugins), results or self.results
         made = plan(load_sweep(file), file, registry, where, silent, executor=executor)
         sweep, new = create(made, file, registry, where, executor)
         assert new

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster, Trial, processes_with, sbatch, shell, wait_until
+from cluster import PLUGINS, Cluster, Trial, processes_with, sbatch, shell, wait_until
+from sweeps import with_young, write_file
 
 from membench.errors import MembenchError
 from membench.files import read_json
@@ -112,6 +113,46 @@ def test_a_whole_sweep_is_the_one_that_runs_inline_without_shards(trial):
     }
     assert ours == theirs and len(ours) == 4
     assert same_images(trial, plain) == 4
+
+
+def test_a_target_is_trained_on_the_way(trial, fault_table):
+    """Its worker is killed in the middle; what rests on its weights is planned by a job."""
+    plugins = with_young(write_file(trial.folder / "data"), steps=600).parent / "plugins"
+    trial.plugins = (PLUGINS, plugins)
+    make(
+        trial,
+        methods=[{"name": "random", "steps": 3, "images": 28}],
+        datasets=["tiny"],
+        targets=["oracle:0.3", "young"],
+        shards=1,
+    )
+    plain = trial.create(trial.folder / "trial.toml", "inline", trial.folder / "inline")
+    trial.submit()
+    (train,) = [task for task in trial.sweep.tasks.values() if task.stage == "train"]
+    checkpoint = trial.results / "targets" / "tiny" / "young" / "checkpoint.pt"
+    wait_until(lambda: checkpoint.is_file() or trial.sweep.done(train), 60, "a checkpoint")
+    ((_, attempt),) = trial.running("train")
+    at, saved = time.time(), checkpoint.stat().st_mtime
+    os.kill(attempt.pid, signal.SIGKILL)
+    trial.finish(240)
+    trial.sweep.refresh()
+    rows = trial.summary()["rows"]
+    assert [row["state"] for row in rows] == ["done"] * 2, rows
+    go(plain, Inline())
+    theirs = read_json(plain.folder / "summary.json")["rows"]
+    assert [(r["id"], r["results_sha256"]) for r in rows] == [
+        (r["id"], r["results_sha256"]) for r in theirs
+    ]
+    again = trial.sweep.attempts(train)
+    assert [a.state for a in again] == ["failed", "done"]
+    fault_table(
+        "kill -9 of a training",
+        f"{again[0].cause}: {again[0].reason}; requeued, went on from its checkpoint; then "
+        "a job planned what rests on the weights",
+        lost=max(0.0, at - saved),
+        waited=again[1].started - at,
+        twice=trial.twice(),
+    )
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["worker", "job"])
