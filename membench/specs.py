@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from membench.errors import MembenchError
 from membench.specs_base import Spec as Spec
@@ -266,7 +274,11 @@ class Network(Spec):
 
 
 class ClassifierTraining(Spec):
-    """AdamW on shuffled batches, stopped at the best loss on held-back images."""
+    """AdamW on shuffled batches; the weights of the best loss on held-back images are kept.
+
+    patience: evaluations without a better loss after which training stops; None: never. It is no
+    part of an identity unless it is given.
+    """
 
     steps: int = Field(gt=0)
     batch_size: int = Field(default=64, gt=0)
@@ -275,6 +287,14 @@ class ClassifierTraining(Spec):
     warmup_steps: int = Field(default=0, ge=0)
     held_back: float = Field(default=0.125, gt=0, lt=1)
     evaluate_every: int = Field(default=100, gt=0)
+    patience: int | None = Field(default=None, gt=0)
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_asked(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = dump(self)
+        if self.patience is None:
+            del content["patience"]
+        return content
 
 
 class Attack(Spec):

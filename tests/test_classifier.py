@@ -196,6 +196,29 @@ def test_distillation_learns_and_reports(members: ImageSet, tmp_path: Path) -> N
     assert torch.equal(loaded(x, t), student(x, t)), "a file must not change a bit of a run"
 
 
+def test_training_stops_when_the_loss_has_not_bettered(members: ImageSet) -> None:
+    """After `patience` evaluations, with the weights that a longer training would keep of these."""
+    training = TRAINING.model_copy(update={"steps": 400, "learning_rate": 0.1, "patience": 2})
+    labels = np.random.default_rng(0).integers(3, size=64)  # nothing to learn
+    arguments = (members.images[:64], labels, 3, SMALL)
+    classifier, report = train_label_classifier(*arguments, training, 0)
+    losses = [point["held_back_loss"] for point in report["curve"]]
+    assert report["steps"] == 10 * len(losses) < 400
+    assert min(losses[-2:]) >= min(losses[:-2])
+    for count in range(3, len(losses)):
+        assert min(losses[count - 2 : count]) < min(losses[: count - 2]), "too late"
+    full = training.model_copy(update={"steps": report["steps"], "patience": None})
+    other, same = train_label_classifier(*arguments, full, 0)
+    assert same == report
+    for a, b in zip(classifier.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_patience_is_part_of_an_identity_only_where_it_is_given() -> None:
+    assert "patience" not in TRAINING.identity()
+    assert TRAINING.model_copy(update={"patience": 3}).identity()["patience"] == 3
+
+
 def test_classifier_files_round_trip_or_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "classifier.safetensors"
     classifier = freeze(ResNet(SMALL, 1, 7, timed=True).to(memory_format=torch.channels_last))  # type: ignore[call-overload]

@@ -172,6 +172,14 @@ def _held_back_loss(classifier: ResNet, task: _Task, rows: np.ndarray) -> float:
     return total / images
 
 
+def _has_given_up(curve: list[dict[str, float]], patience: int | None) -> bool:
+    """Whether the last `patience` evaluations have not bettered the held-back loss."""
+    if patience is None or len(curve) <= patience:
+        return False
+    losses = [point["held_back_loss"] for point in curve]
+    return min(losses[-patience:]) >= min(losses[:-patience])
+
+
 @torch_threads(1)
 def _fit(
     task: _Task,
@@ -180,7 +188,7 @@ def _fit(
     checkpoint: Path | None,
     progress: Progress,
 ) -> tuple[ResNet, dict[str, Any]]:
-    """AdamW with warm-up; keeps the weights of the lowest held-back loss.
+    """AdamW with warm-up; keeps the weights of the lowest held-back loss, may stop early.
 
     On one CPU thread: an attack's classifier must not depend on the machine's number of cores.
     """
@@ -209,7 +217,7 @@ def _fit(
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint, identity)
 
-    while state.step < training.steps:
+    while state.step < training.steps and not _has_given_up(state.curve, training.patience):
         warm = min(1.0, (state.step + 1) / max(1, training.warmup_steps))
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * warm
