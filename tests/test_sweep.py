@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Command
+from diffusers import DDPMScheduler
+from pipelines import save_pipeline
 from sweeps import (
     BASE,
     Watcher,
@@ -274,6 +276,19 @@ def test_summary_and_bills(tmp_path: Path) -> None:
         assert row["ams"] == band["members"]["ams"]
         assert "images per scale" in row["limited_by"]
     assert summary["boards"] == [], "limited records enter no board"
+
+
+def test_a_target_beside_the_sweep_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path is one from the sweep file, wherever command and workers run."""
+    save_pipeline(tmp_path / "models" / "mine", DDPMScheduler())
+    file = write_file(tmp_path, targets=["models/mine"], images=8)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    sweep = made(file, tmp_path / "results")
+    go(sweep, Local(jobs=1))
+    (record,) = records(sweep)
+    assert record["identity"]["target"]["kind"] == "pretrained"
 
 
 # -- targets that are trained on the way -----------------------------------------------------------
