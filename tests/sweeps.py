@@ -160,13 +160,13 @@ def seals(sweep: Sweep) -> list[tuple[str, str]]:
 class Watcher(threading.Thread):
     """Looks at the parts of images as they are made; calls `act(pid)` once, when there are some.
 
-    seen: for each part, the times at which it was written, which must be one.
+    seen: for each part, the files (inode and time) that were seen in its place.
     """
 
     def __init__(self, sweep: Sweep, act: Callable[[int], object], parts: int = 2):
         super().__init__(daemon=True)
         self.sweep, self.act, self.parts = sweep, act, parts
-        self.seen: dict[str, set[int]] = {}
+        self.seen: dict[str, set[tuple[int, int]]] = {}
         self.acted = False
         self.over = threading.Event()
         self.start()
@@ -176,7 +176,8 @@ class Watcher(threading.Thread):
             found = list((self.sweep.results / "artifacts/images").glob("*.partial/parts/*.json"))
             for path in found:
                 try:
-                    self.seen.setdefault(str(path), set()).add(path.stat().st_mtime_ns)
+                    file = path.stat()
+                    self.seen.setdefault(str(path), set()).add((file.st_ino, file.st_mtime_ns))
                 except FileNotFoundError:
                     continue
             if len(found) >= self.parts and not self.acted:
@@ -193,6 +194,11 @@ class Watcher(threading.Thread):
     def stop(self) -> None:
         self.over.set()
         self.join()
+
+    @property
+    def twice(self) -> dict[str, set[tuple[int, int]]]:
+        """Parts in whose place more than one file was seen: each is renamed into it when whole."""
+        return {p: files for p, files in self.seen.items() if len({ino for ino, _ in files}) > 1}
 
 
 def kill(pid: int) -> None:

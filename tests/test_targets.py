@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
 
@@ -20,7 +23,7 @@ from membench.diffusion.targets import (
     load_unet_target,
     parse_oracle,
 )
-from membench.diffusion.unet import build_unet, schedule_abar
+from membench.diffusion.unet import NoiseSchedule, build_unet, schedule_abar
 from membench.errors import MembenchError
 from membench.hashing import file_hash
 from membench.specs import Images, TargetRecipe, load_card
@@ -59,6 +62,22 @@ def weights(tmp_path: Path) -> Path:
 
 
 # --- U-Nets
+
+
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("steps", [10, 1000, 4000])
+def test_schedules_are_those_of_diffusers(schedule: str, steps: int) -> None:
+    """To the last bit: images, and so records, follow from them."""
+    theirs = DDPMScheduler(num_train_timesteps=steps, beta_schedule=schedule).alphas_cumprod
+    assert schedule_abar(NoiseSchedule(steps, schedule)) == theirs.double().tolist()
+
+
+def test_what_needs_no_unet_loads_no_diffusers() -> None:
+    """Workers of a sweep start anew for many small tasks: imports are most of their time."""
+    heavy = "('diffusers', 'sklearn', 'accelerate')"
+    code = f"import sys, membench.run; print([m for m in {heavy} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
 
 
 def test_unet_target_is_the_saved_network(weights: Path) -> None:

@@ -55,7 +55,7 @@ def recipe(small: Dataset) -> TargetRecipe:
     )
 
 
-class Killed(BaseException):
+class Killed(Exception):
     pass
 
 

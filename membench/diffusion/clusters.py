@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 
 from membench.diffusion.sampler import from_uint8
@@ -44,6 +42,8 @@ def describe(images: np.ndarray, name: str) -> np.ndarray:
         pooled = torch.nn.functional.adaptive_avg_pool2d(from_uint8(images), size)
         raw = pooled.flatten(1).double().numpy()
     else:
+        from sklearn.decomposition import PCA
+
         pixels = from_uint8(images).flatten(1).double().numpy()
         pca = PCA(min(DIRECTIONS, *pixels.shape), svd_solver="full")
         coordinates = pca.fit_transform(pixels)
@@ -79,6 +79,8 @@ def cluster(
     `min_cohesion` are dropped, and every image takes the label of the nearest kept centroid (by
     cosine). Raises `MembenchError` when there are too few images or no cluster is kept.
     """
+    from sklearn.cluster import KMeans
+
     check_settings(len(descriptors), n_clusters, min_cohesion)
     descriptors = np.asarray(descriptors, dtype=np.float64)
     with threadpool_limits(1):  # sums of several threads depend on who comes first

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -36,6 +35,9 @@ from membench.errors import MembenchError
 from membench.files import read_json, replace_atomically, write_json
 from membench.hashing import content_hash, derive_seed, file_hash
 from membench.specs import Images, TargetRecipe, Training
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Probe = Callable[[int, np.ndarray], dict[str, float]]
 Report = Callable[[int, float], None]
@@ -241,6 +243,7 @@ def _accelerator(device: str, training: Training) -> Accelerator:
     """This process among those that `accelerate launch` started, or alone."""
     from datetime import timedelta
 
+    from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
     accelerator = Accelerator(
@@ -276,11 +279,12 @@ def train(
     `evaluate_every` steps the training loss, the noise loss on members and on `heldout`, and what
     `probe` says of plain samples), `checkpoint.pt`, and `snapshots/step-N.safetensors` for the
     recipe's `snapshots`. `resume` goes on from the checkpoint, with as many threads as before, and
-    gives the same weights, bit for bit on one kind of machine, as a run that was never
-    interrupted; without it a folder that holds a checkpoint is refused. Images may be
-    memory-mapped: a step reads its batch. What `report`, called after each step, raises ends the
-    training with a checkpoint of that step. Under `accelerate launch` every process takes its slice
-    of each batch; the first one writes. Returns the content of `training.json`.
+    gives the same weights, bit for bit on one kind of machine, as a run that was never interrupted;
+    without it a folder that holds a checkpoint is refused. Images may be memory-mapped: a step
+    reads its batch. What `report`, called after each step, raises ends the training; unless it is
+    an `Exception`, an error, with a checkpoint of that step. Under `accelerate launch` every
+    process takes its slice of each batch; the first one writes. Returns the content of
+    `training.json`.
     """
     training = recipe.training
     accelerator = _accelerator(device, training)
@@ -404,7 +408,9 @@ def train(
             _save_checkpoint(checkpoint, identity, state)
         try:
             report(state.step, value)
-        except BaseException:
+        except Exception:
+            raise
+        except BaseException:  # told to stop
             if first and not due:
                 _save_checkpoint(checkpoint, identity, state)
             raise

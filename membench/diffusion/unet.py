@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from diffusers import DDPMScheduler, UNet2DModel
+import torch
 from torch import nn
 
 from membench.hashing import derive_seed
 from membench.specs import Images, TargetRecipe
+
+if TYPE_CHECKING:  # diffusers takes seconds to import, and not every target needs it
+    from diffusers import UNet2DModel
 
 
 def build_unet(recipe: TargetRecipe, images: Images) -> UNet2DModel:
@@ -17,6 +21,8 @@ def build_unet(recipe: TargetRecipe, images: Images) -> UNet2DModel:
 
     A conditional one has an embedding for each class and is called with `class_labels`.
     """
+    from diffusers import UNet2DModel
+
     return UNet2DModel(
         sample_size=(images.height, images.width),
         in_channels=images.channels,
@@ -53,7 +59,12 @@ class NoiseSchedule:
 
 
 def schedule_abar(recipe: TargetRecipe | NoiseSchedule) -> list[float]:
-    """abar_t for t = 0 .. T - 1."""
+    """abar_t for t = 0 .. T - 1, as diffusers' `DDPMScheduler` has it."""
+    if recipe.beta_schedule == "linear":
+        betas = torch.linspace(1e-4, 0.02, recipe.train_timesteps)  # Ho, Jain and Abbeel 2020
+        return (1 - betas).cumprod(dim=0).double().tolist()
+    from diffusers import DDPMScheduler
+
     scheduler = DDPMScheduler(
         num_train_timesteps=recipe.train_timesteps, beta_schedule=recipe.beta_schedule
     )

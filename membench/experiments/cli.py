@@ -24,7 +24,10 @@ experiment_app = typer.Typer(
 
 Dataset = Annotated[str, typer.Option(help="Data set; see `membench list datasets`.")]
 Target = Annotated[
-    str | None, typer.Option(help="Target of the card, or oracle:RATE [default: the card's]")
+    str | None,
+    typer.Option(
+        help="Target of the card, oracle:RATE, or where a model lies [default: the card's]"
+    ),
 ]
 Images = Annotated[int | None, typer.Option(min=1, help="Images per scale [default: the card's]")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampler steps [default: the card's]")]
