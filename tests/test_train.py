@@ -92,7 +92,7 @@ def test_stopping_early_is_a_prefix(recipe: TargetRecipe, small: Dataset, tmp_pa
     )
     do(early, small, tmp_path / "early")
     with pytest.raises(Killed):
-        do(recipe, small, tmp_path / "whole", stop=8)
+        do(recipe, small, tmp_path / "whole", stop=7)
     whole = torch.load(tmp_path / "whole" / CHECKPOINT, weights_only=True)
     assert whole["step"] == 4
     do(recipe, small, tmp_path / "early", resume=True)
