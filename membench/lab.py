@@ -25,7 +25,14 @@ from membench.diffusion.arithmetic import Arithmetic
 from membench.diffusion.classifier import ResNet
 from membench.diffusion.clusters import check_settings, cluster, describe
 from membench.diffusion.guidance import GuidanceLog, classifier_guidance, gradient_in
-from membench.diffusion.sampler import Guidance, ImageNoise, ddim, ddim_times, to_uint8
+from membench.diffusion.sampler import (
+    Guidance,
+    ImageNoise,
+    ddim,
+    ddim_times,
+    to_device,
+    to_uint8,
+)
 from membench.diffusion.targets import Target, computed
 from membench.diffusion.threads import torch_threads
 from membench.errors import MembenchError
@@ -245,12 +252,12 @@ class Lab:
             guidance = self._guidance(surrogate, condition, labels, guidance_scale, log, arithmetic)
         x_0 = ddim(
             computed(self.target, arithmetic).eps_model(seed, rows),
-            noise().to(self.device),
+            to_device(noise(), self.device),
             ddim_times(sampling.steps, len(self.target.abar)),
             self.target.abar,
             eta=sampling.eta,
             clip=sampling.clip,
-            noise=lambda: noise().to(self.device),
+            noise=lambda: to_device(noise(), self.device),
             guidance=guidance,
         )
         try:

@@ -20,14 +20,14 @@ class GuidanceLog:
     """How strong the guidance was: ||guidance term|| / ||eps||, by timestep, over all images."""
 
     def __init__(self) -> None:
-        self.totals: dict[int, tuple[float, int]] = {}
+        self.totals: dict[int, tuple[float | Tensor, int]] = {}
 
     def add(self, t: int, term: Tensor, eps: Tensor) -> None:
-        """term, eps: [B, C, H, W]."""
+        """term, eps: [B, C, H, W]; a GPU is not waited for."""
         ratios = term.double().flatten(1).norm(dim=1) / eps.double().flatten(1).norm(dim=1)
-        self._add(t, ratios.sum().item(), len(ratios))
+        self._add(t, ratios.sum(), len(ratios))
 
-    def _add(self, t: int, total: float, images: int) -> None:
+    def _add(self, t: int, total: float | Tensor, images: int) -> None:
         old_total, old_images = self.totals.get(t, (0.0, 0))
         self.totals[t] = (old_total + total, old_images + images)
 
@@ -39,9 +39,10 @@ class GuidanceLog:
 
     def to_dict(self) -> dict[str, dict[str, float]]:
         """Timestep -> mean ratio, its sum and the number of images; descending timesteps."""
+        found = [(t, float(total), n) for t, (total, n) in self.totals.items()]
         return {
             str(t): {"mean": total / images, "total": total, "images": images}
-            for t, (total, images) in sorted(self.totals.items(), reverse=True)
+            for t, total, images in sorted(found, reverse=True)
         }
 
     @classmethod
