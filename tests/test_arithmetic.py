@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from membench.checks import cell_of
 from membench.contract import silent
-from membench.diffusion.arithmetic import Arithmetic
+from membench.diffusion.arithmetic import Arithmetic, Compiled
 from membench.diffusion.classifier import ResNet, freeze
 from membench.diffusion.eps import EpsNetwork, Prediction
 from membench.diffusion.guidance import by_autograd, gradient_in
@@ -177,6 +178,24 @@ def test_the_gradient_of_each_image_is_its_own() -> None:
 
     alone = torch.stack([torch.func.grad(log_p)(*pair) for pair in zip(x, c, strict=True)])
     torch.testing.assert_close(by_autograd(classifier, x, None, c), alone, rtol=1e-4, atol=1e-6)
+
+
+@needs_compiler
+def test_threads_compile_once() -> None:
+    """Whichever comes first compiles, the others wait: one graph, and one answer for all."""
+    from torch._dynamo.utils import counters
+
+    network = unet().requires_grad_(False)
+    compiled = Compiled(lambda network, x: network.conv_in(x).sin())
+    graphs = counters["stats"]["unique_graphs"]
+    x = torch.randn(2, 1, 16, 16)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: compiled(network, x), range(8)))
+    expected = network.conv_in(x).sin()
+    assert counters["stats"]["unique_graphs"] == graphs + 1
+    for one in found:
+        torch.testing.assert_close(one, expected)
+        assert torch.equal(one, found[0])
 
 
 # --- what a run makes of it
