@@ -213,6 +213,8 @@ def cell_of(record: Mapping[str, Any], registry: Registry, results: Path) -> Cel
         images=identity["images_per_scale"],
         steps=identity["sampling"]["steps"],
         batch_size=identity["sampling"]["batch_size"],
+        precision=identity["sampling"].get("precision", "float32"),
+        compile=identity["sampling"].get("compile", False),
         label=identity["label"],
         seed=identity["seed"],
         attack_seed=identity["attack_seed"],

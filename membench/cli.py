@@ -153,6 +153,13 @@ def run(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images per batch [default: the card's]")
     ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16, of networks [default: the card's]")
+    ] = None,
+    compile_: Annotated[
+        bool | None,
+        typer.Option("--compile", help="Compile networks first; needs a compiler, as g++."),
+    ] = None,
     label: Annotated[
         int | None, typer.Option(help="One target label for every image [default: uniform]")
     ] = None,
@@ -208,6 +215,8 @@ def run(
         images=images,
         steps=steps,
         batch_size=batch_size,
+        precision=precision,
+        compile=compile_,
         label=label,
         seed=seed,
         attack_seed=attack_seed,

@@ -21,11 +21,19 @@ import torch
 from membench.data.imageset import Dataset
 from membench.describing import Describer
 from membench.diffusion import tdkd
+from membench.diffusion.arithmetic import Arithmetic
 from membench.diffusion.classifier import ResNet
 from membench.diffusion.clusters import check_settings, cluster, describe
-from membench.diffusion.guidance import GuidanceLog, classifier_guidance
-from membench.diffusion.sampler import Guidance, ImageNoise, ddim, ddim_times, to_uint8
-from membench.diffusion.targets import Target
+from membench.diffusion.guidance import GuidanceLog, classifier_guidance, gradient_in
+from membench.diffusion.sampler import (
+    Guidance,
+    ImageNoise,
+    ddim,
+    ddim_times,
+    to_device,
+    to_uint8,
+)
+from membench.diffusion.targets import Target, computed
 from membench.diffusion.threads import torch_threads
 from membench.errors import MembenchError
 from membench.files import read_json, write_array, write_joined, write_json
@@ -238,17 +246,18 @@ class Lab:
     ) -> tuple[np.ndarray, GuidanceLog]:
         """One batch of the grid: uint8 [B, H, W, C] and the guidance's norms."""
         noise = ImageNoise(seed, rows, self.target.shape)
+        arithmetic = Arithmetic(sampling.precision, sampling.compile)
         log, guidance = GuidanceLog(), None
         if surrogate is not None and condition is not None:
-            guidance = self._guidance(surrogate, condition, labels, guidance_scale, log)
+            guidance = self._guidance(surrogate, condition, labels, guidance_scale, log, arithmetic)
         x_0 = ddim(
-            self.target.eps_model(seed, rows),
-            noise().to(self.device),
+            computed(self.target, arithmetic).eps_model(seed, rows),
+            to_device(noise(), self.device),
             ddim_times(sampling.steps, len(self.target.abar)),
             self.target.abar,
             eta=sampling.eta,
             clip=sampling.clip,
-            noise=lambda: noise().to(self.device),
+            noise=lambda: to_device(noise(), self.device),
             guidance=guidance,
         )
         try:
@@ -266,6 +275,7 @@ class Lab:
         labels: np.ndarray,
         scale: float,
         log: GuidanceLog,
+        arithmetic: Arithmetic,
     ) -> Guidance:
         return classifier_guidance(
             condition.network,
@@ -275,6 +285,7 @@ class Lab:
             at=surrogate.at,
             timed=surrogate.timed,
             log=log,
+            gradient=gradient_in(arithmetic),
         )
 
     def synthetic(self) -> Artifact[Generated]:
@@ -527,7 +538,10 @@ class Lab:
     # -- help -----------------------------------------------------------------------------------
 
     def compute(self) -> dict[str, str]:
-        """Where the arithmetic happens: kinds of device round differently."""
+        """Where the arithmetic happens: kinds of device round differently.
+
+        dtype: of weights, and of all arithmetic that `Sampling.precision` is not about.
+        """
         return {"device": torch.device(self.device).type, "dtype": "float32"}
 
     def _load_classifier(self, folder: Path) -> Classifier:

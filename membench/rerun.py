@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from membench.diffusion.threads import torch_threads
 from membench.hashing import array_hash
 from membench.lab import draw_labels
 from membench.matching import FACTS, Facts
@@ -93,8 +94,9 @@ class _Tally:
         return {"compared": len(self.equal), "equal": share, "largest_difference": self.largest}
 
 
+@torch_threads(1)
 def _draw(cell: Cell, scale: float, rows: list[int]) -> NDArray[np.uint8]:
-    """The images of some rows, uint8 [n, H, W, C]."""
+    """The images of some rows, uint8 [n, H, W, C]; on one CPU thread, as a run draws them."""
     lab, spec = cell.lab, cell.spec
     surrogate = cell.surrogate if scale != 0 else None
     condition = None if surrogate is None else lab.store.get(surrogate.classifier)

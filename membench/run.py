@@ -17,8 +17,9 @@ from pydantic import ValidationError
 from membench import limits
 from membench.allocator import keep_freed_memory
 from membench.data.imageset import Dataset, load_dataset
+from membench.diffusion.arithmetic import Arithmetic, check_compiler
 from membench.diffusion.sampler import ddim_times
-from membench.diffusion.targets import Target
+from membench.diffusion.targets import Target, computed
 from membench.errors import MembenchError
 from membench.files import link_or_copy, locked, write_json, writing
 from membench.hashing import canonical_json, content_hash, file_hash
@@ -161,6 +162,8 @@ def prepare(
     images: int | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
+    precision: str | None = None,
+    compile: bool | None = None,
     label: int | None = None,
     seed: int = 0,
     attack_seed: int = 0,
@@ -181,9 +184,11 @@ def prepare(
     card = data.card  # with what a prepared data set's manifest says
     defaults = card.extraction
     try:
+        changes = {
+            "steps": steps, "batch_size": batch_size, "precision": precision, "compile": compile
+        }  # fmt: skip
         sampling = Sampling.model_validate(
-            defaults.sampling.model_dump()
-            | {k: v for k, v in {"steps": steps, "batch_size": batch_size}.items() if v is not None}
+            defaults.sampling.model_dump() | {k: v for k, v in changes.items() if v is not None}
         )
         spec = RunSpec(
             method=method,
@@ -210,6 +215,9 @@ def prepare(
         ddim_times(spec.sampling.steps, len(model.abar))
     except ValueError as error:
         raise MembenchError(f"--steps: {error}") from None
+    computed(model, Arithmetic(sampling.precision, sampling.compile))  # or it says why not
+    if sampling.compile and here:
+        check_compiler(spec.device)
 
     store, seed = Store(results), spec.attack_seed
     lab = Lab(

@@ -248,12 +248,23 @@ def changed_similarity(
 
 
 class Sampling(Spec):
-    """How images are drawn from a target (spec section 2; all of it is recorded)."""
+    """How images are drawn from a target (spec section 2; all of it is recorded).
+
+    precision, compile: of networks (`membench.diffusion.arithmetic`); identities are silent about
+    plain float32, as they were before there was anything else.
+    """
 
     steps: int = Field(default=50, gt=0)
     eta: float = Field(default=0.0, ge=0.0, le=1.0)
     clip: bool = True
     batch_size: int = Field(default=64, gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+
+    @model_serializer(mode="wrap")
+    def _silent_about_the_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        default = {"precision": "float32", "compile": False}
+        return {k: v for k, v in dump(self).items() if k not in default or v != default[k]}
 
 
 class Extraction(Spec):

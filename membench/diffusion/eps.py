@@ -89,6 +89,10 @@ class EpsNetwork(nn.Module):
             return (signal * predicted + noise * x_t,)
         return ((x_t - signal * predicted) / noise,)
 
+    def around(self, network: nn.Module) -> EpsNetwork:
+        """The same of another network that predicts what this one's does."""
+        return EpsNetwork(network, self.prediction, self.abar, self.channels, self.time_scale)
+
     def _predict(self, x: Tensor, t: int | Tensor, **known: Any) -> Tensor:
         known["return_dict"] = False
         return self.network(x, t, **known)[0][:, : self.channels]

@@ -8,23 +8,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from membench.diffusion.arithmetic import Arithmetic, Compiled
 from membench.diffusion.sampler import Guidance
 
 Classifier = Callable[[Tensor, Tensor | None], Tensor]
+Gradient = Callable[[Classifier, Tensor, Tensor | None, Tensor], Tensor]
+"""(classifier, x [B, C, H, W], t [B] or None, c [B]) -> grad_x log p(c | x), [B, C, H, W]."""
 
 
 class GuidanceLog:
     """How strong the guidance was: ||guidance term|| / ||eps||, by timestep, over all images."""
 
     def __init__(self) -> None:
-        self.totals: dict[int, tuple[float, int]] = {}
+        self.totals: dict[int, tuple[float | Tensor, int]] = {}
 
     def add(self, t: int, term: Tensor, eps: Tensor) -> None:
-        """term, eps: [B, C, H, W]."""
+        """term, eps: [B, C, H, W]; a GPU is not waited for."""
         ratios = term.double().flatten(1).norm(dim=1) / eps.double().flatten(1).norm(dim=1)
-        self._add(t, ratios.sum().item(), len(ratios))
+        self._add(t, ratios.sum(), len(ratios))
 
-    def _add(self, t: int, total: float, images: int) -> None:
+    def _add(self, t: int, total: float | Tensor, images: int) -> None:
         old_total, old_images = self.totals.get(t, (0.0, 0))
         self.totals[t] = (old_total + total, old_images + images)
 
@@ -36,9 +39,10 @@ class GuidanceLog:
 
     def to_dict(self) -> dict[str, dict[str, float]]:
         """Timestep -> mean ratio, its sum and the number of images; descending timesteps."""
+        found = [(t, float(total), n) for t, (total, n) in self.totals.items()]
         return {
             str(t): {"mean": total / images, "total": total, "images": images}
-            for t, (total, images) in sorted(self.totals.items(), reverse=True)
+            for t, total, images in sorted(found, reverse=True)
         }
 
     @classmethod
@@ -47,6 +51,36 @@ class GuidanceLog:
         for t, entry in saved.items():
             log._add(int(t), float(entry["total"]), int(entry["images"]))
         return log
+
+
+def log_probability(classifier: Classifier, x: Tensor, t: Tensor | None, c: Tensor) -> Tensor:
+    """log p(c | x), summed over images: its gradient by x is each image's own."""
+    logits = classifier(x, t).to(x.dtype)
+    return torch.log_softmax(logits, dim=1).gather(1, c[:, None]).sum()
+
+
+def by_autograd(classifier: Classifier, x: Tensor, t: Tensor | None, c: Tensor) -> Tensor:
+    """A `Gradient`, as torch computes it."""
+    # The sampler runs in inference mode, whose tensors autograd refuses: clone them out of it.
+    with torch.inference_mode(False), torch.enable_grad():
+        x, t, c = x.clone().requires_grad_(), None if t is None else t.clone(), c.clone()
+        (gradient,) = torch.autograd.grad(log_probability(classifier, x, t, c), x)
+    return gradient
+
+
+_by_compiled_grad = Compiled(torch.func.grad(log_probability, argnums=1))
+
+
+def gradient_in(arithmetic: Arithmetic) -> Gradient:
+    """A `Gradient` in another arithmetic than float32."""
+    compute = _by_compiled_grad if arithmetic.compiled else by_autograd
+
+    def gradient(classifier: Classifier, x: Tensor, t: Tensor | None, c: Tensor) -> Tensor:
+        with arithmetic.autocast(x.device):
+            found: Tensor = compute(classifier, x, t, c)
+        return found
+
+    return gradient
 
 
 def classifier_guidance(
@@ -58,6 +92,7 @@ def classifier_guidance(
     at: Literal["x_t", "x_0"] = "x_t",
     timed: bool,
     log: GuidanceLog | None = None,
+    gradient: Gradient = by_autograd,
 ) -> Guidance:
     """eps_hat = eps - lambda sqrt(1 - abar_t) grad_{x_t} log p(c | x_t), lambda = `scale`.
 
@@ -71,16 +106,14 @@ def classifier_guidance(
     def guide(x_t: Tensor, t: int, eps: Tensor) -> Tensor:
         if scale == 0:
             return eps
-        spread = (1 - abar[t]) ** 0.5
-        # The sampler runs in inference mode, whose tensors autograd refuses: clone them out of it.
-        with torch.inference_mode(False), torch.enable_grad():
-            x = x_t.clone().requires_grad_()
-            c = labels.to(x.device, torch.int64, copy=True)
-            seen = x if at == "x_t" else (x - spread * eps.clone()) / abar[t] ** 0.5
-            times = torch.full((len(x),), t, device=x.device) if timed else None
-            log_p = torch.log_softmax(classifier(seen, times), dim=1)
-            (gradient,) = torch.autograd.grad(log_p.gather(1, c[:, None]).sum(), x)
-        term = scale * spread * gradient
+        signal, spread = abar[t] ** 0.5, (1 - abar[t]) ** 0.5
+        times = torch.full((len(x_t),), t, device=x_t.device) if timed else None
+        c = labels.to(x_t.device, torch.int64)
+        if at == "x_t":
+            slope = gradient(classifier, x_t, times, c)
+        else:
+            slope = gradient(classifier, (x_t - spread * eps) / signal, times, c) / signal
+        term = scale * spread * slope
         if log is not None:
             log.add(t, term, eps)
         return eps - term

@@ -76,6 +76,13 @@ class ImageNoise:
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
 
 
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """`x`, which is on the CPU, on a device; a GPU copies it while it does something else."""
+    if torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 def to_uint8(x_0: Tensor) -> np.ndarray:
     """[B, C, H, W] in [-1, 1] -> uint8 [B, H, W, C]; refuses NaN."""
     if not torch.isfinite(x_0).all():

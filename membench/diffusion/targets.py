@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from membench.data.imageset import Dataset
+from membench.diffusion.arithmetic import Arithmetic, ComputedNetwork
+from membench.diffusion.eps import EpsNetwork
 from membench.diffusion.eps import abar_at as abar_at
 from membench.diffusion.sampler import EpsModel, from_uint8
 from membench.diffusion.unet import NoiseSchedule, build_unet, condition_labels, schedule_abar
@@ -145,6 +148,16 @@ class UNetTarget:
 
         return predict_eps
 
+    def computed(self, arithmetic: Arithmetic) -> UNetTarget:
+        """The same target with its U-Net (not what `EpsNetwork` adds) in another arithmetic."""
+        other, network = copy.copy(self), self.network
+        if isinstance(network, EpsNetwork):
+            inner = ComputedNetwork(network.network, arithmetic)
+            other.network = network.around(inner)
+        else:
+            other.network = ComputedNetwork(network, arithmetic)
+        return other
+
     def mixture(self, labels: np.ndarray | None) -> list[tuple[float, Field]]:
         """One density: p(x), or p(x | y) of images with these labels, int64 [B]."""
         model = conditional_model(self.network, labels, self.device)
@@ -154,6 +167,20 @@ class UNetTarget:
             return model(x_t, t.to(self.device, torch.float32))
 
         return [(1.0, field)]
+
+
+def computed(target: Target, arithmetic: Arithmetic) -> Target:
+    """`target` with its network in another arithmetic, itself in plain float32.
+
+    Raises `MembenchError` for a target without a network.
+    """
+    if arithmetic == Arithmetic():
+        return target
+    if not isinstance(target, UNetTarget):
+        raise MembenchError(
+            f"--precision, --compile: {target.name} is a formula in float64, not a network"
+        )
+    return target.computed(arithmetic)
 
 
 def load_unet_target(

@@ -186,6 +186,8 @@ def _options(
         "images": chosen("images"),
         "steps": chosen("steps"),
         "batch_size": chosen("batch_size"),
+        "precision": chosen("precision"),
+        "compile": chosen("compile"),
         "label": method.label,
         "seed": seed,
         "attack_seed": spec.attack_seed,

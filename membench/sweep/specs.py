@@ -52,6 +52,8 @@ class MethodChoice(Spec):
     images: int | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, gt=0)
     batch_size: int | None = Field(default=None, gt=0)
+    precision: Literal["float32", "bfloat16"] | None = None
+    compile: bool | None = None
     label: int | None = Field(default=None, ge=0)
 
     @property
@@ -100,6 +102,8 @@ class SweepSpec(Spec):
     images: int | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, gt=0)
     batch_size: int | None = Field(default=None, gt=0)
+    precision: Literal["float32", "bfloat16"] | None = None
+    compile: bool | None = None
     similarity: SimilarityChoice = SimilarityChoice()
     device: str = "auto"
     executor: Literal["inline", "local", "slurm"] = "local"
