@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from machine import described, lines
+
 HERE = Path(__file__).parent / "results"
-FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
-"""Of the processor, those that decide how quick a matrix product is."""
 FASTER, SLOWER, INK, QUIET = "#0b62a4", "#d55e00", "#1b1f24", "#6a737d"
 
 
@@ -68,22 +68,6 @@ def ratios(saved: Mapping[str, Any]) -> tuple[list[Ratio], list[str]]:
     return found, without
 
 
-def machine(saved: Mapping[str, Any]) -> dict[str, str]:
-    """What the numbers depend on: the processor, memory and packages; no name of the machine."""
-    info = saved["machine_info"]
-    cpu = info["cpu"]
-    flags = [flag for flag in FLAGS if flag in cpu.get("flags", ())]
-    versions = {"Python": info["python_version"], **info["versions"]}
-    return {
-        "processor": cpu["brand_raw"],
-        "cores": str(info["cores"]),
-        "memory": f"{info['memory_bytes'] / 2**30:.0f} GiB",
-        "instructions": ", ".join(flags) or "none of " + ", ".join(FLAGS),
-        "system": f"{info['system']} {info['release']}, {info['machine']}",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-    }
-
-
 def run_line(saved: Mapping[str, Any]) -> str:
     """When a file was measured, of which commit, and how busy the machine was."""
     commit = saved["commit_info"]
@@ -96,13 +80,13 @@ def run_line(saved: Mapping[str, Any]) -> str:
 
 def table(files: Sequence[Mapping[str, Any]], rows: Sequence[Ratio], figure: str) -> str:
     """The report as Markdown."""
-    lines = [
+    text = [
         "# Speed beside its peers",
         "",
         "Ratios of the peer's seconds to ours, above 1 where ours is faster: medians of the "
         "rounds, in brackets the quartiles. In each round all take turns.",
         "",
-        *(f"- {name}: {value}" for name, value in machine(files[0]).items()),
+        *lines(files[0]["machine_info"]),
         *(f"- measured {run_line(saved)}" for saved in files),
         "",
         f"![Ratios of the table below]({figure})",
@@ -112,14 +96,14 @@ def table(files: Sequence[Mapping[str, Any]], rows: Sequence[Ratio], figure: str
     ]
     before = None
     for row in rows:
-        lines.append(
+        text.append(
             f"| {'' if row.what == before else row.what} | {row.peer} "
             f"| **{row.median:.2f}** [{row.lower:.2f}, {row.upper:.2f}] "
             f"| {row.ours_seconds:.3g} | {row.peer_seconds:.3g} "
             f"| {row.rounds} | {row.threads} | {row.clock} | {row.load:.1f} |"
         )
         before = row.what
-    return "\n".join(lines) + "\n"
+    return "\n".join(text) + "\n"
 
 
 def draw(rows: Sequence[Ratio], path: Path) -> None:
@@ -180,7 +164,7 @@ def draw(rows: Sequence[Ratio], path: Path) -> None:
 
 def report(files: Sequence[Mapping[str, Any]], out: Path, name: str) -> list[str]:
     """Write the table and the figure; the names of benchmarks that were left out."""
-    machines = [machine(saved) for saved in files]
+    machines = [described(saved["machine_info"]) for saved in files]
     if any(other != machines[0] for other in machines):
         differ = sorted({k for m in machines for k in m if m[k] != machines[0][k]})
         raise SystemExit(f"the files are not of one machine: {', '.join(differ)} differ")
