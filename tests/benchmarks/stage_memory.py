@@ -17,13 +17,16 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 
 from membench import run as engine
@@ -70,14 +73,15 @@ def write_dataset(folder: Path) -> None:
     (folder / "wide.toml").write_text(text)
 
 
-def cell_of(folder: Path, count: int) -> Cell:
+def cell_of(folder: Path, method: str, count: int) -> Cell:
     """The run of `count` images, described and not computed."""
+    clusters = {"n_clusters": "8", "min_cohesion": "0"}
     return engine.prepare(
         Registry([folder / "plugins"]),
         folder / "results",
         silent,
-        method="side_c",
-        settings={"n_clusters": "8", "min_cohesion": "0"},
+        method=method,
+        settings=clusters if method == "side_c" else None,
         dataset="wide",
         target="oracle:0.5",
         guidance_scales=(0.1,),
@@ -93,9 +97,9 @@ def resident(which: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(which))
 
 
-def run_stage(folder: Path, count: int, key: str) -> dict[str, int]:
+def run_stage(folder: Path, method: str, count: int, key: str) -> dict[str, int]:
     """Makes one artifact, or the record; bytes before and at most, and those it wrote."""
-    cell = cell_of(folder, count)
+    cell = cell_of(folder, method, count)
     stages = {artifact.key: artifact for artifact in with_inputs(cell.artifacts)}
     before = resident("VmRSS")
     if key == RECORD:
@@ -107,17 +111,17 @@ def run_stage(folder: Path, count: int, key: str) -> dict[str, int]:
     return {"before": before, "peak": resident("VmHWM"), "written": written}
 
 
-def measure(counts: Sequence[int]) -> list[dict[str, Any]]:
+def measure(counts: Sequence[int], method: str = "side_c") -> list[dict[str, Any]]:
     """A row for each stage and N_G: MiB before, at the peak above it, and written."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_dataset(folder / "plugins")
         for count in counts:
-            cell = cell_of(folder, count)
+            cell = cell_of(folder, method, count)
             made = [a for a in with_inputs(cell.artifacts) if not cell.lab.store.has(a)]
             for title, key in [*((a.title, a.key) for a in made), (RECORD, RECORD)]:
-                call = [sys.executable, __file__, "--stage", name, str(count), key]
+                call = [sys.executable, __file__, "--stage", name, method, str(count), key]
                 done = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True)
                 found = json.loads(done.stdout)
                 rows.append({
@@ -146,17 +150,36 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def report(rows: Sequence[dict[str, Any]]) -> str:
+    """The table with what it is of, and the machine."""
+    before = statistics.median(row["before_mib"] for row in rows)
+    text = [
+        "# Peak memory of each stage of a run",
+        "",
+        "SIDE-C against `oracle:0.5` at one guidance scale, images of 64 x 64 x 3 (12 KiB each), "
+        "batches of 64, 256 members, 128 synthetic images; each stage in a process of its own, "
+        f"which holds {before:.0f} MiB when its cell is prepared. Stages that N_G does not enter "
+        "are made once.",
+        "",
+        *machine.lines(machine.here()),
+        f"- measured: {datetime.now(UTC):%Y-%m-%d}",
+        "",
+        table(rows),
+    ]
+    return "\n".join(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--counts", default="256,1024,4096")
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--stage", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--stage", nargs=4, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.stage:
-        folder, count, key = asked.stage
-        print(json.dumps(run_stage(Path(folder), int(count), key)))
+        folder, method, count, key = asked.stage
+        print(json.dumps(run_stage(Path(folder), method, int(count), key)))
         return
     rows = measure([int(count) for count in asked.counts.split(",")])
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -164,7 +187,7 @@ def main() -> None:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    (asked.out / "memory.md").write_text(table(rows))
+    (asked.out / "memory.md").write_text(report(rows))
     print(table(rows))
 
 
