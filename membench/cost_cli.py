@@ -41,7 +41,8 @@ def cost(
     """Say what an exact search will cost: FLOPs, bytes, memory, seconds by hardware.
 
     By a model (`membench/similarity/cost.py`). Seconds on a GPU follow from its data sheet's peaks:
-    a lower bound, and membench itself searches on the CPU.
+    a lower bound. Held is what lies in memory if only queries are streamed; the search of membench
+    runs on the CPU and streams references too, within 256 MiB.
 
     Example: `membench cost --queries 1000000 --references 1281167 --dimensions 512`
 

