@@ -111,7 +111,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
             held if row["memory_bytes"] <= row["available_bytes"] else f"[red]{held}[/red]",
             _short(seconds["filter"]),
             _short(seconds["compare"]),
-            _short(seconds["features"] + seconds["refine"]),
+            _short(sum(seconds[step] for step in ("features", "select", "refine"))),
             f"[bold]{_short(row['total_seconds'])}[/bold]",
         )
         before = row["hardware"]

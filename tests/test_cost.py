@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +22,7 @@ ROUND = Hardware(
     plain=1e8,
     bandwidth=1e9,
     results=1e7,
+    keys=1e6,
     memory=10**9,
     queries_at_once=100,
     source="made up",
@@ -28,24 +31,28 @@ ROUND = Hardware(
 
 def test_full_product_by_hand() -> None:
     """1,000 queries, 2,000 references, 500 values of 4 bytes, 50 neighbours; ten groups."""
-    features, filter_, compare, refine = steps(Search(1_000, 2_000, 500), ROUND, "float32")
+    found = steps(Search(1_000, 2_000, 500), ROUND, "float32")
+    features, filter_, compare, select, refine = found
     assert (features.flops, features.bytes) == (0, 3_000 * (2_000 + 2_000))
     assert features.seconds == pytest.approx(0.012), "by its bytes"
     assert filter_.flops == 2 * 1_000 * 2_000 * 500
     assert filter_.bytes == (1_000 + 10 * 2_000) * 2_000
     assert filter_.seconds == pytest.approx(2.0), "by its FLOPs"
     assert (compare.flops, compare.bytes, compare.seconds) == (2e6, 1.6e7, 0.2)
+    candidates = 1_000 * 50 * (1 + math.log(2_000 / 50))
+    assert (select.flops, select.bytes) == (0, pytest.approx(16 * candidates))
+    assert select.seconds == pytest.approx(candidates / 1e6)
     assert refine.flops == 3 * 500 * 1_000 * 100, "twice the neighbours survive"
     assert refine.bytes == 1_000 * 100 * 2_000 + 1_000 * 50 * 8
     assert refine.seconds == pytest.approx(1.5)
-    whole = total([features, filter_, compare, refine])
-    assert whole.seconds == pytest.approx(0.012 + 2.0 + 0.2 + 1.5)
+    whole = total(found)
+    assert whole.seconds == pytest.approx(0.012 + 2.0 + 0.2 + select.seconds + 1.5)
     assert whole.flops == features.flops + filter_.flops + compare.flops + refine.flops
 
 
 def test_directions_by_hand() -> None:
     search = Search(1_000, 2_000, 500, itemsize=1, directions=20, survivors=300)
-    features, filter_, _, refine = steps(search, ROUND, "bfloat16")
+    features, filter_, _, _, refine = steps(search, ROUND, "bfloat16")
     assert features.flops == 2 * 3_000 * 500 * 20
     assert features.bytes == 3_000 * (500 + 2 * 20)
     assert filter_.flops == 2 * 1_000 * 2_000 * 20
@@ -95,6 +102,21 @@ def test_more_of_anything_never_costs_less(search: Search, what: str) -> None:
         assert small.bytes <= large.bytes
         assert small.seconds <= large.seconds
     assert memory(search, ROUND, "float32") <= memory(larger, ROUND, "float32")
+
+
+def test_candidates_are_those_of_a_stream() -> None:
+    """Counted: references that enter the k nearest so far, which come in random order."""
+    rng = np.random.default_rng(0)
+    k, n, queries = 20, 2_000, 200
+    entered = 0
+    for row in rng.random((queries, n)):
+        nearest: list[float] = []
+        for distance in row:
+            if len(nearest) < k or distance < nearest[-1]:
+                entered += 1
+                nearest = sorted([*nearest, distance])[:k]
+    assert Search(queries, n, 1, neighbours=k).candidates == pytest.approx(entered, rel=0.03)
+    assert Search(queries, 7, 1, neighbours=k).candidates == queries * 7
 
 
 @given(searches)

@@ -1,12 +1,15 @@
 """What an exact k-nearest search costs: multiplications, bytes, memory and seconds, by a model.
 
-Q queries and N references of D values go through four steps. With w = D values of a row, or w = m
+Q queries and N references of D values go through five steps. With w = D values of a row, or w = m
 where m directions sketch it (`membench.similarity.sketch`):
 
     features   2 (Q + N) D m         FLOPs to project (none without directions)
     filter     2 Q N w               FLOPs of one matrix product
     compare    Q N                   results held against the limit of their query
+    select     Q k (1 + ln(N / k))   sorted: references that are among the k nearest when they come
     refine     3 D s Q               FLOPs for s survivors a query, which the filter cannot settle
+
+(In random order the i-th reference is among the k nearest so far with probability k / i.)
 
 Each moves bytes: rows as stored and their features once; the features of all references once for
 every group of queries; the product, written and read, where it leaves the chip; whole rows of
@@ -36,7 +39,7 @@ BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2, "int8": 1}
 STORED = {"float32": 4, "float16": 2, "uint8": 1}
 """Bytes of a value as it is kept: descriptors in float32 or float16, pixels in uint8."""
 _RESULT = 4
-_NEIGHBOUR = 8  # a float32 distance and an int32 index
+_NEIGHBOUR = 8  # a float32 distance and an int32 index; also a key to sort by
 _REFERENCES_AT_ONCE = 65_536
 
 
@@ -79,6 +82,12 @@ class Search:
         return self.directions or self.dimensions
 
     @property
+    def candidates(self) -> float:
+        """References of all queries that are among the nearest so far when they come."""
+        k = min(self.neighbours, self.references)
+        return self.queries * k * (1 + math.log(self.references / k))
+
+    @property
     def refined(self) -> float:
         """Pairs that are compared in full."""
         each = 2 * self.neighbours if self.survivors is None else self.survivors
@@ -91,8 +100,9 @@ class Hardware:
 
     products: FLOPs of a matrix product by precision (a multiplication and an addition are two);
     plain: float32 FLOPs of anything else; bandwidth: bytes read or written; results: results of a
-    product compared with a limit, its writing and reading included; memory: bytes.
-    queries_at_once: of a group, for which all features of the references are read once.
+    product compared with a limit, its writing and reading included; keys: sorted, of 8 bytes;
+    memory: bytes. queries_at_once: of a group, for which all features of the references are read
+    once.
     """
 
     name: str
@@ -100,6 +110,7 @@ class Hardware:
     plain: float
     bandwidth: float
     results: float
+    keys: float
     memory: int
     queries_at_once: int
     source: str
@@ -111,10 +122,13 @@ H100 = Hardware(
     plain=67e12,
     bandwidth=3.35e12,
     results=3.35e12 / (2 * _RESULT),
+    keys=3.35e12 / (2 * _NEIGHBOUR * 8),
     memory=80 * 10**9,
     queries_at_once=16_384,
     source="NVIDIA H100 data sheet; its peaks of tensor cores with sparsity, halved",
 )
+"""Results and keys by bandwidth: results are written and read once, keys by each of the 8 passes of
+a radix sort."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +165,12 @@ def steps(search: Search, hardware: Hardware, precision: str) -> list[Step]:
         step("features", projection, made, product),
         step("filter", 2.0 * pairs * width, read, product),
         Step("compare", pairs, 2 * pairs * _RESULT, pairs / hardware.results),
+        Step(
+            "select",
+            0.0,
+            2 * search.candidates * _NEIGHBOUR,
+            search.candidates / hardware.keys,
+        ),
         step("refine", 3.0 * d * search.refined, refined, hardware.plain),
     ]
 
@@ -206,6 +226,7 @@ def this_cpu() -> Hardware:
     limit = np.full((rows, 1), -1.0, np.float32)  # holds nothing
     at_random = rng.integers(0, columns, rows)
     large = np.zeros(2**26, np.uint8)
+    keys = rng.integers(0, 2**62, 2**19)
     copy = np.empty_like(large)
     return Hardware(
         name=f"this CPU on {torch.get_num_threads()}",
@@ -213,6 +234,7 @@ def this_cpu() -> Hardware:
         plain=3.0 * rows * terms / _seconds(lambda: _squared_l2(a, b[at_random])),
         bandwidth=2.0 * large.size / _seconds(lambda: np.copyto(copy, large)),
         results=out.size / _seconds(lambda: np.flatnonzero(out <= limit)),
+        keys=len(keys) / _seconds(lambda: np.argsort(keys)),
         memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         queries_at_once=2048,
         source="measured just now",
