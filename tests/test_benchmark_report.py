@@ -26,7 +26,6 @@ SAVED: dict[str, Any] = {
         "memory_bytes": 24 * 2**30,
         "machine": "x86_64",
         "system": "Linux",
-        "release": "6.1",
         "python_version": "3.11.2",
         "load_at_start": 0.25,
         "versions": {"torch": "2.9.0", "numpy": "2.1.0"},

@@ -30,7 +30,6 @@ def here() -> dict[str, Any]:
         "cpu": cpuinfo.get_cpu_info(),
         "python_version": platform.python_version(),
         "system": platform.system(),
-        "release": platform.release(),
         "machine": platform.machine(),
     } | added()
 
@@ -45,7 +44,7 @@ def described(info: Mapping[str, Any]) -> dict[str, str]:
         "cores": str(info["cores"]),
         "memory": f"{info['memory_bytes'] / 2**30:.0f} GiB",
         "instructions": ", ".join(flags) or "none of " + ", ".join(FLAGS),
-        "system": f"{info['system']} {info['release']}, {info['machine']}",
+        "system": f"{info['system']}, {info['machine']}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
 

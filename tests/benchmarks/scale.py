@@ -207,7 +207,7 @@ def measure(cpu: Hardware, precision: str, scale: float) -> list[Point]:
 def draw(points: Sequence[Point], path: Path) -> None:
     """Seconds against what was varied, log-log: the model's line and the measured points."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(10, 6), layout="constrained", facecolor="white")
     axes = figure.subplots(2, 3, sharey="row")
@@ -222,6 +222,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
             place.set_yscale("log")
             place.set_xticks(x, [f"{value:,}" for value in x], fontsize=8)
             place.xaxis.set_minor_formatter(NullFormatter())
+            place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             place.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             place.yaxis.set_minor_formatter(NullFormatter())
             place.set_xlabel(varied, color=INK, fontsize=9)
@@ -261,37 +262,64 @@ def text(points: Sequence[Point], cpu: Hardware, precision: str, load: float) ->
         f"| {p.measured / p.predicted:.2f} |"
         for p in points
     ]
+    power = survivors_power(points)
     lines += [
         "",
-        f"{FULL[0]:,} queries against {FULL[1]:,} references by the model; survivors grow with the "
-        "references (an upper bound). An H100's seconds are those of its data sheet's peaks.",
+        f"{FULL[0]:,} queries against {FULL[1]:,} references by the model. Survivors grow as "
+        f"N^{power:.2f}, as they do above where references are varied. An H100's seconds are those "
+        "of its data sheet's peaks; a product coarser than the values needs a bound of its error.",
         "",
-        "| data | on | product | directions | FLOPs | GB moved | GB held | seconds |",
-        "|---" * 8 + "|",
+        "| data | on | product | directions | survivors | FLOPs | GB moved | GB held | seconds |",
+        "|---" * 9 + "|",
     ]
     for data in ("sscd", "pixels"):
         for hardware in (H100, cpu):
             for kind in hardware.products:
-                lines.append(_full(points, data, hardware, kind))
+                lines.append(_full(points, data, hardware, kind, power))
     return "\n".join(lines) + "\n"
 
 
-def _full(points: Sequence[Point], data: str, hardware: Hardware, precision: str) -> str:
+def survivors_power(points: Sequence[Point]) -> float:
+    """p of survivors ~ N^p, fitted to the pixels' searches with as many directions as the largest.
+
+    1, the most it can be, where fewer than two are left.
+    """
+    base = _largest(points, "pixels")
+    varied = [p for p in points if (p.data, p.varied) == ("pixels", "references")]
+    alike = [p for p in varied if p.directions == base.directions]
+    if base.directions is None or len(alike) < 2:
+        return 1.0
+    size, left = ([getattr(p, name) for p in alike] for name in ("references", "survivors"))
+    return float(np.polyfit(np.log(size), np.log(left), 1)[0])
+
+
+def _full(
+    points: Sequence[Point], data: str, hardware: Hardware, precision: str, power: float
+) -> str:
     """The whole of ImageNet: with the directions that were best at a hundredth, if there were."""
-    base = max((p for p in points if p.data == data and p.varied == "queries"), key=_size)
-    grown = None if base.directions is None else base.survivors * FULL[1] / base.references
+    base = _largest(points, data)
+    grown = None
+    if base.directions is not None:
+        grown = base.survivors * (FULL[1] / base.references) ** power
     itemsize = 2 if data == "sscd" else 1
     search = Search(*FULL, base.dimensions, itemsize, K, base.directions, grown)
     whole = total(steps(search, hardware, precision))
     held = memory(search, hardware, precision)
     return (
-        f"| {data} | {hardware.name} | {precision} | {base.directions or ''} | {whole.flops:.1e} "
-        f"| {whole.bytes / 1e9:,.0f} | {held / 1e9:,.1f} | {whole.seconds:,.3g} |"
+        f"| {data} | {hardware.name} | {precision} | {base.directions or ''} "
+        f"| {search.refined / search.queries:,.0f} | {whole.flops:.1e} "
+        f"| {whole.bytes / 1e9:,.0f} | {held / 1e9:,.1f} | {_short(whole.seconds)} |"
     )
 
 
-def _size(p: Point) -> int:
-    return p.queries * p.references
+def _short(seconds: float) -> str:
+    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.1f}"
+
+
+def _largest(points: Sequence[Point], data: str) -> Point:
+    """The search of most queries where they are varied, at a hundredth of ImageNet or so."""
+    of_data = [p for p in points if p.data == data and p.varied == "queries"]
+    return max(of_data, key=lambda p: p.queries)
 
 
 def main() -> None:
