@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from membench import __version__
+from membench.cost_cli import add_cost
 from membench.errors import MembenchError
 from membench.experiments.cli import experiment_app
 from membench.options import AsJson, Data, Device, Plugins, Results, registry_of
@@ -39,6 +40,7 @@ app.add_typer(experiment_app, name="experiment")
 app.add_typer(targets_app, name="targets")
 add_commands(app)
 register(app)
+add_cost(app)
 
 TARGET_HELP = (
     "Target of the card, oracle:RATE, or a pretrained one: folder, hub id or TOML file "

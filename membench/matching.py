@@ -307,7 +307,7 @@ class _Features:
         if self.choice is not None:
             return self.matcher.store.get(self._of_queries(mirrored))
         pixels = images()
-        return np.ascontiguousarray(pixels[:, :, ::-1]) if mirrored else pixels
+        return pixels[:, :, ::-1] if mirrored else pixels  # a view: a copy would hold all images
 
     def reference(self, name: str) -> NDArray[Any]:
         dataset = self.matcher.dataset

@@ -48,23 +48,20 @@ def best_pairs(
 
     images: uint8 [N_G, H, W, C] by guidance scale; members: uint8 [N, H, W, C].
     """
-    pairs = []
-    for scale, found in matches.items():
-        far = found.measure.far(found.scores()[:, 0])
-        listed = found.members.listed
-        distance, index = listed.distance[:, 0], listed.index[:, 0]
-        pairs += [
-            (float(far[row]), float(scale), row, int(index[row]), float(distance[row]))
-            for row in range(len(far))
-        ]
-    chosen: dict[int, Pair] = {}
     measure = next(iter(matches.values())).measure
-    for value, scale, row, index_, distance_ in sorted(pairs):
-        if index_ not in chosen:
-            chosen[index_] = Pair(
-                np.asarray(images[scale][row]), np.asarray(members[index_]),
-                float(measure.far(value)), distance_, scale, row, index_,
-                measure.symbol,
+    far = np.concatenate([measure.far(found.scores()[:, 0]) for found in matches.values()])
+    scale = np.repeat([float(scale) for scale in matches], [len(m) for m in matches.values()])
+    row = np.concatenate([np.arange(len(found)) for found in matches.values()])
+    chosen: dict[int, Pair] = {}
+    for i in np.lexsort((row, scale, far)):
+        of_scale, of_row = float(scale[i]), int(row[i])
+        listed = matches[of_scale].members.listed
+        index = int(listed.index[of_row, 0])
+        if index not in chosen:
+            chosen[index] = Pair(
+                np.asarray(images[of_scale][of_row]), np.asarray(members[index]),
+                float(measure.far(far[i])), float(listed.distance[of_row, 0]), of_scale, of_row,
+                index, measure.symbol,
             )  # fmt: skip
         if len(chosen) == count:
             break
