@@ -392,6 +392,10 @@ def test_mistakes_are_found_before_a_training(tmp_path: Path) -> None:
     change = {"methods": [{"name": "side_c", "parameters": {"n": 3}}], "targets": ["young"]}
     with pytest.raises(MembenchError, match="no parameter named 'n'"):
         planned(young(tmp_path, **change), tmp_path / "results")
+    plan, _ = planned(
+        young(tmp_path, targets=["young"], precision="bfloat16"), tmp_path / "results"
+    )
+    assert [row.waits for row in plan.cells] == ["plan-tiny-young"]
     with pytest.raises(MembenchError, match=r"young@5.*no such snapshot"):
         planned(young(tmp_path, targets=["young@5"]), tmp_path / "results")
 

@@ -260,9 +260,10 @@ def _waiting_row(
 ) -> CellPlan:
     """A cell that is planned once `recipe` is trained; mistakes in it are found now.
 
-    For that it is prepared with a target that needs no training.
+    For that it is prepared with a target that needs no training, and has no network.
     """
-    trial = options | {"target": STAND_IN}
+    trial = {k: v for k, v in options.items() if k not in ("precision", "compile")}
+    trial |= {"target": STAND_IN}
     made = _prepare(file, registry, results, progress, trial, False, loaded, weights)
     if not isinstance(made, Cell):
         return _row(options, made, results)
