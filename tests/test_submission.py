@@ -126,6 +126,8 @@ def test_the_source_goes_in_only_if_its_author_agrees_and_it_is_what_ran(
 def test_submit_and_verify_on_the_command_line(
     command: Command, folder: Path, tmp_path: Path
 ) -> None:
+    beside = [path for path in folder.parent.iterdir() if not path.name.startswith(".")]
+    assert beside == [folder], "so that a shell's random-* names the run alone"
     said = command("submit", folder, "--out", "mine", "--source").stdout
     assert "no images" in said
     assert "it enters no board: 24 images per scale, not 512" in said
