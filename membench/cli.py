@@ -160,7 +160,7 @@ def run(
     ] = None,
     compile_: Annotated[
         bool | None,
-        typer.Option("--compile", help="Compile networks first; needs a compiler, as g++."),
+        typer.Option("--compile/--no-compile", help="Compile networks first; needs g++ or so."),
     ] = None,
     label: Annotated[
         int | None, typer.Option(help="One target label for every image [default: uniform]")

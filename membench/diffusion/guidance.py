@@ -100,7 +100,8 @@ def classifier_guidance(
     classifier the predicted (unclipped) x_0 with eps held constant; the gradient is still that by
     x_t. None of it reaches the U-Net or the classifier's weights, which must be frozen, in
     evaluation mode, and made outside `torch.inference_mode`. Scale 0 returns eps as it is, without
-    a call of the classifier. `log` takes the ratio of norms at each step.
+    a call of the classifier. `log` takes the ratio of norms at each step; `gradient` says how the
+    gradient by what the classifier is shown is computed.
     """
 
     def guide(x_t: Tensor, t: int, eps: Tensor) -> Tensor:
