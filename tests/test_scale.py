@@ -10,7 +10,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 
-from scale import K, Point, survivors, survivors_power
+from scale import K, growth, survivors
 
 
 def test_survivors_of_all_directions_are_the_neighbours() -> None:
@@ -24,11 +24,5 @@ def test_survivors_of_all_directions_are_the_neighbours() -> None:
     assert K + 1 < found[64] < 960
 
 
-def test_survivors_power_is_that_of_searches_alike() -> None:
-    def point(varied: str, references: int, directions: int, left: float) -> Point:
-        return Point("pixels", varied, 100, references, 768, directions, left, 1.0, 1.0)
-
-    points = [point("references", n, 128, 5 * n**0.3) for n in (100, 400, 1_600)]
-    points += [point("queries", 1_600, 128, 9.0), point("references", 50, 64, 1e6)]
-    assert survivors_power(points) == pytest.approx(0.3)
-    assert survivors_power([point("queries", 1_600, 128, 9.0)]) == 1.0
+def test_growth_is_that_of_what_is_not_a_neighbour() -> None:
+    assert growth({n: K + 5 * n**0.3 for n in (100, 400, 1_600)}) == pytest.approx(0.3)

@@ -141,6 +141,7 @@ def draw(rows: Sequence[Ratio], path: Path) -> None:
                 color=INK,
                 fontsize=9,
                 fontweight="bold",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
             )
         before = row.what
     axes.set_yticks(places, [row.peer for row in rows], fontsize=9, color=INK)

@@ -26,7 +26,7 @@ import os
 import statistics
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +46,8 @@ DIRECTIONS = (64, 128, 256, 512)
 PEOPLE = (1_600, 6_000)  # queries and references of LFW
 SAMPLE, TRIED = 2_048, 64
 LONG = 5.0  # seconds of a run that is not repeated
+Left = dict[int, dict[int, float]]
+"""Survivors of a query by number of references, then directions."""
 INK, QUIET, MODEL, MEASURED = "#1b1f24", "#6a737d", "#8a8f96", "#0b62a4"
 
 
@@ -167,8 +169,11 @@ def point(
     return found
 
 
-def measure(cpu: Hardware, precision: str, scale: float) -> list[Point]:
-    """All points; `scale` shrinks every number of rows, for a trial."""
+def measure(cpu: Hardware, precision: str, scale: float) -> tuple[list[Point], Left]:
+    """All points, and what a sketch of pixels leaves at each number of references.
+
+    `scale` shrinks every number of rows, for a trial.
+    """
     q, n, asked, people = (max(200, int(scale * x)) for x in (QUERIES, REFERENCES, *PEOPLE))
     nearest(unit_vectors(64, 32, 0), unit_vectors(256, 32, 1), K)  # imports
     found: list[Point] = []
@@ -195,10 +200,11 @@ def measure(cpu: Hardware, precision: str, scale: float) -> list[Point]:
         add("pixels", "queries", a[: q // part], b)
     for part in (8, 4, 2, 1):
         add("pixels", "references", a[: q // 4], b[: n // part])
+    left = {n // part: survivors(a, b[: n // part]) for part in (8, 4, 2, 1)}
     for side in (16, 32, 64, 96):
         faces = pictures("lfw7701_jpg150.zip", "", asked + people, side)
         add("pixels", "dimensions", faces[:asked], faces[asked:])
-    return found
+    return found, left
 
 
 # -- showing --------------------------------------------------------------------------------------
@@ -236,7 +242,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
-def text(points: Sequence[Point], cpu: Hardware, precision: str, load: float) -> str:
+def text(points: Sequence[Point], left: Left, cpu: Hardware, precision: str, load: float) -> str:
     """Machine, points and the full size as Markdown."""
     lines = [
         "# Exact matching at scale",
@@ -262,12 +268,14 @@ def text(points: Sequence[Point], cpu: Hardware, precision: str, load: float) ->
         f"| {p.measured / p.predicted:.2f} |"
         for p in points
     ]
-    power = survivors_power(points)
+    m = _largest(points, "pixels").directions
+    power = 1.0 if m is None else growth({n: by_m[m] for n, by_m in left.items()})
     lines += [
         "",
-        f"{FULL[0]:,} queries against {FULL[1]:,} references by the model. Survivors grow as "
-        f"N^{power:.2f}, as they do above where references are varied. An H100's seconds are those "
-        "of its data sheet's peaks; a product coarser than the values needs a bound of its error.",
+        f"{FULL[0]:,} queries against {FULL[1]:,} references by the model. Survivors beside the "
+        f"{K} neighbours grow as N^{power:.2f}, as they do up to {REFERENCES:,}. An H100's seconds "
+        "are those of its data sheet's peaks; a product coarser than the values needs a bound of "
+        "its error.",
         "",
         "| data | on | product | directions | survivors | FLOPs | GB moved | GB held | seconds |",
         "|---" * 9 + "|",
@@ -279,18 +287,10 @@ def text(points: Sequence[Point], cpu: Hardware, precision: str, load: float) ->
     return "\n".join(lines) + "\n"
 
 
-def survivors_power(points: Sequence[Point]) -> float:
-    """p of survivors ~ N^p, fitted to the pixels' searches with as many directions as the largest.
-
-    1, the most it can be, where fewer than two are left.
-    """
-    base = _largest(points, "pixels")
-    varied = [p for p in points if (p.data, p.varied) == ("pixels", "references")]
-    alike = [p for p in varied if p.directions == base.directions]
-    if base.directions is None or len(alike) < 2:
-        return 1.0
-    size, left = ([getattr(p, name) for p in alike] for name in ("references", "survivors"))
-    return float(np.polyfit(np.log(size), np.log(left), 1)[0])
+def growth(left: Mapping[int, float]) -> float:
+    """p of survivors - k ~ N^p in [0, 1], fitted to survivors by number of references."""
+    size, more = list(left), [max(s - K, 1e-3) for s in left.values()]
+    return float(np.polyfit(np.log(size), np.log(more), 1)[0].clip(0, 1))
 
 
 def _full(
@@ -300,7 +300,7 @@ def _full(
     base = _largest(points, data)
     grown = None
     if base.directions is not None:
-        grown = base.survivors * (FULL[1] / base.references) ** power
+        grown = K + (base.survivors - K) * (FULL[1] / base.references) ** power
     itemsize = 2 if data == "sscd" else 1
     search = Search(*FULL, base.dimensions, itemsize, K, base.directions, grown)
     whole = total(steps(search, hardware, precision))
@@ -331,14 +331,14 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of every number of rows")
     asked = parser.parse_args()
     load, cpu = os.getloadavg()[0], this_cpu()
-    points = measure(cpu, asked.precision, asked.scale)
+    points, left = measure(cpu, asked.precision, asked.scale)
     asked.out.mkdir(parents=True, exist_ok=True)
     with open(asked.out / "scale.csv", "w", newline="") as stream:
         writer = csv.DictWriter(stream, list(vars(points[0])), lineterminator="\n")
         writer.writeheader()
         writer.writerows(map(vars, points))
     draw(points, asked.out / "scale.png")
-    (asked.out / "scale.md").write_text(text(points, cpu, asked.precision, load))
+    (asked.out / "scale.md").write_text(text(points, left, cpu, asked.precision, load))
 
 
 if __name__ == "__main__":
