@@ -247,7 +247,7 @@ def test_stays_within_its_memory(rng, tmp_path, kind):
         np.save(path, made)
     queries, reference = (np.load(path, mmap_mode="r") for path in paths)
     small = nearest(queries[:2], reference[:100])  # imports and caches
-    many = np.arange(filter._COMPILED, dtype=np.int32) % 300
+    many = np.arange(filter.COMPILED, dtype=np.int32) % 300
     filter.refine(filter.Candidates(many, many, many.astype(np.float32)), queries, reference)
     result = 300 * 50 * (4 + 4)
     tracemalloc.start()

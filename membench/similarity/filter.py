@@ -51,7 +51,7 @@ PENDING = 12  # candidates kept per query, in multiples of k, before they are pr
 _SMOOTH = 0.9  # share of the squared distance that patches must keep to be worth a try
 USEFUL = 1 / 32  # share of pairs left to refine beyond which patches cost more than they save
 _REFINED = 64  # pairs refined at a time: their rows stay in the cache
-_COMPILED = 2**14  # pairs from which on a compiled kernel is worth loading
+COMPILED = 2**14  # pairs from which on a compiled kernel is worth loading
 _COMPILED_AT_ONCE = 1024
 PAIR_BYTES = 52  # working memory of one pair of a tile, if every pair survives
 
@@ -219,7 +219,7 @@ def _kernel(n_pairs: int, queries: Array, reference: Array) -> Kernel | None:
     fits = reference.dtype == np.uint8 and n_features(reference) <= LONGEST
     in_place = queries.flags.c_contiguous and reference.flags.c_contiguous
     # few rows of a memory map that lie far apart would bring too much of it into memory
-    dense = n_pairs >= _COMPILED and n_pairs * 64 >= len(reference)
+    dense = n_pairs >= COMPILED and n_pairs * 64 >= len(reference)
     return compiled() if fits and in_place and dense else None
 
 
@@ -239,6 +239,17 @@ def squared_l2(x: Array, y: Array) -> NDArray[np.float64]:
     difference *= difference  # at most 255^2 < 2^16
     exact = np.uint32 if x.shape[1] * 255**2 < 2**32 else np.uint64
     squared: NDArray[np.float64] = difference.sum(axis=1, dtype=exact).astype(np.float64)
+    return squared
+
+
+def squared_to(rows: NDArray[np.uint8], point: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Exact squared distances of rows [n, D] to one point [D]."""
+    run = compiled() if rows.shape[1] <= LONGEST and rows.flags.c_contiguous else None
+    if run is None:
+        return squared_l2(rows, point)
+    squared = np.empty(len(rows))
+    row = np.arange(len(rows), dtype=np.int32)
+    run(point[None], rows, np.zeros_like(row), row, squared)
     return squared
 
 

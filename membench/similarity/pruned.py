@@ -1,47 +1,55 @@
 """k nearest neighbours by a sketch: a product filters, survivors are compared in full at once.
 
 The references are read once for as many queries as fit; each block of them is compared with blocks
-of queries, and every query's k-th distance so far limits what survives in the next block.
+of queries, and every query's k-th distance so far limits what survives. Where that leaves many, the
+likely nearest are compared first, so that their distances limit the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from membench.similarity.filter import Array, Candidates, refine
+from membench.similarity.index import Index
 from membench.similarity.pages import blocks
 from membench.similarity.sketch import Features, Sketch, SketchFilter
 
 _SURVIVORS = 48  # working memory of a pair that survives
 _ROWS = 512  # queries that are compared with a block of references at a time
 _MOST = 2**16  # references of a block
+_LIKELY = 2  # likely nearest that are compared first, in multiples of k
+_MANY = 4  # survivors of a query, in multiples of k, that are too many to compare at once
+_FOLDS = 16
 
 
 def nearest_by_sketch(
     queries: Array,
-    reference: Array,
+    index: Index,
     k: int,
     sketch: Sketch,
     memory_bytes: int,
     progress: Callable[[int], None] | None,
 ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.int32]]]:
     """Squared distances [q, k] and indices [q, k] of blocks of queries; see `search.nearest`."""
-    group, q_rows, r_rows = shape(queries, reference, k, sketch, memory_bytes)
+    group, q_rows, r_rows = shape(queries, index, k, sketch, memory_bytes)
     out = np.empty(q_rows * r_rows, sketch.engine.dtype)
     most_pairs = max(r_rows, memory_bytes // 4 // _SURVIVORS)
     for _, block in blocks(queries, group):
         block = np.ascontiguousarray(block)  # mirrored images are a view
-        features = sketch.queries(block)
-        found = [_Nearest(block[rows], features[rows], k) for rows in _parts(len(block), q_rows)]
-        for start in range(0, len(reference), r_rows):
-            b = sketch.references(reference[start : start + r_rows])
+        features = sketch.features(block)
+        found = [
+            _Nearest(block[start : start + q_rows], features[start : start + q_rows], k)
+            for start in range(0, len(block), q_rows)
+        ]
+        for start, references in index.blocks(sketch, r_rows, memory_bytes):
             for part in found:
-                part.compare(sketch, b, start, reference, out, most_pairs)
+                part.compare(sketch, references, start, index.rows, out, most_pairs)
             if progress is not None:
-                progress(len(block) * len(b.length))
+                progress(len(block) * len(references))
         yield (
             np.concatenate([part.squared for part in found]),
             np.concatenate([part.index for part in found]),
@@ -49,7 +57,7 @@ def nearest_by_sketch(
 
 
 def shape(
-    queries: Array, reference: Array, k: int, sketch: Sketch, memory_bytes: int
+    queries: Array, index: Index, k: int, sketch: Sketch, memory_bytes: int
 ) -> tuple[int, int, int]:
     """Queries whose state is held at a time, those compared at a time, references of a block.
 
@@ -57,14 +65,10 @@ def shape(
     quarter for the products, a quarter for survivors; the rest is for making features.
     """
     eighth = memory_bytes // 8
-    r_rows = max(1, min(len(reference), _MOST, eighth // sketch.row_bytes()))
-    q_rows = max(1, min(len(queries), _ROWS, 2 * eighth // (r_rows * (sketch.engine.bytes + 3))))
+    r_rows = max(1, min(len(index), _MOST, eighth // sketch.row_bytes()))
+    q_rows = max(1, min(len(queries), _ROWS, 2 * eighth // (r_rows * (4 + 3))))
     group = max(q_rows, min(len(queries), eighth // (sketch.row_bytes() + 12 * k)))
     return group, q_rows, r_rows
-
-
-def _parts(n: int, rows: int) -> list[slice]:
-    return [slice(start, min(n, start + rows)) for start in range(0, n, rows)]
 
 
 class _Nearest:
@@ -88,34 +92,39 @@ class _Nearest:
     ) -> None:
         """Takes a block of references, which begins at row `start`, into account."""
         filter_ = SketchFilter(sketch, self.features, out)
-        rank = filter_.ranks_of(references)
-        seen = None
-        if np.isinf(self.squared[:, -1]).any() and rank.shape[1] > self.k:
-            # the k likely nearest first: their distances limit all others
-            seen = rank <= np.partition(rank, self.k - 1, axis=1)[:, self.k - 1 : self.k]
-            self._settle(seen, start, reference, most_pairs)
-        near = rank <= filter_.most(self.squared[:, -1])
-        if seen is not None:
-            near &= ~seen
+        rank = filter_.ranks(references)
+        near = self._near(filter_, rank)
+        likely = min(_LIKELY * self.k, rank.shape[1])
+        if np.count_nonzero(near) > _MANY * self.k * len(near):
+            near &= rank <= _least(rank, likely)
+            pairs = self._settle(near, start, reference, most_pairs)
+            rank.ravel()[pairs] = sketch.engine.never
+            near = self._near(filter_, rank)
         self._settle(near, start, reference, most_pairs)
 
-    def _settle(self, near: Array, start: int, reference: Array, most_pairs: int) -> None:
-        """Compares the marked pairs [Q, r] in full, as many at a time as fit."""
-        rows = len(near)
-        if np.count_nonzero(near) > most_pairs:
-            rows = max(1, most_pairs // near.shape[1])
-        for first in range(0, len(near), rows):
-            part = slice(first, first + rows)
-            query, column = np.divmod(np.flatnonzero(near[part]), near.shape[1])
-            pairs = Candidates(
-                (query + first).astype(np.int32),
-                (column + start).astype(np.int32),
-                np.empty(0, np.float32),
-            )
-            squared = refine(pairs, self.queries, reference)
-            self._merge(pairs.query, pairs.index, squared, part)
+    def _near(self, filter_: SketchFilter, rank: Array) -> Array:
+        near: Array = rank <= filter_.most(self.squared[:, -1])
+        return near
 
-    def _merge(self, query: Array, index: Array, squared: Array, part: slice) -> None:
+    def _settle(
+        self, near: Array, start: int, reference: Array, most_pairs: int
+    ) -> NDArray[np.int64]:
+        """Compares the marked pairs [Q, r] in full, as many at a time as fit; their positions."""
+        pairs = np.flatnonzero(near)
+        bounds = [0, len(pairs)]
+        if len(pairs) > most_pairs:  # whole queries at a time
+            rows = max(1, most_pairs // near.shape[1])
+            ends = np.arange(rows, len(near) + rows, rows) * near.shape[1]
+            bounds = [0, *np.searchsorted(pairs, ends)]
+        for first, last in pairwise(bounds):
+            query, column = np.divmod(pairs[first:last], near.shape[1])
+            found = Candidates(
+                query.astype(np.int32), (column + start).astype(np.int32), np.empty(0, np.float32)
+            )
+            self._merge(found.query, found.index, refine(found, self.queries, reference))
+        return pairs
+
+    def _merge(self, query: Array, index: Array, squared: Array) -> None:
         # of equal distances the lower index comes first: one that comes later in the reference
         # must be nearer, but one of the same block may precede what was found there
         of_use = squared <= self.squared[query, -1]
@@ -134,3 +143,15 @@ class _Nearest:
         query, place, order = query[chosen], place[chosen], order[chosen]
         self.squared[query, place] = squared[order]
         self.index[query, place] = index[order]
+
+
+def _least(rank: Array, n: int) -> Array:
+    """[Q, 1], such that at least n entries of each row, and not many more, are at most this.
+
+    Of a row folded into columns, the n-th smallest column minimum: each of n columns holds one.
+    """
+    folds = max(1, min(_FOLDS, rank.shape[1] // n))
+    columns = rank.shape[1] // folds
+    folded = rank[:, : folds * columns].reshape(len(rank), folds, columns).min(axis=1)
+    least: Array = np.partition(folded, n - 1, axis=1)[:, n - 1 : n]
+    return least

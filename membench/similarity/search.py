@@ -20,7 +20,6 @@ from membench.similarity.filter import (
     Array,
     Candidates,
     Filter,
-    centre_of,
     check_inputs,
     float32_above,
     refine,
@@ -28,9 +27,9 @@ from membench.similarity.filter import (
     tile_rows,
     to_distance,
 )
+from membench.similarity.index import Index, choose
 from membench.similarity.pages import blocks
 from membench.similarity.pruned import nearest_by_sketch
-from membench.similarity.sketch import choose
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Neighbours:
 
 def nearest(
     queries: Array,
-    reference: Array,
+    reference: Array | Index,
     k: int = 50,
     *,
     memory_bytes: int = 256 * 2**20,
@@ -71,7 +70,8 @@ def nearest(
 
     queries, reference: uint8 images [*, H, W, C] or [*, D], or descriptors [*, D] in float16,
     float32 or float64; arrays, or memory maps of any length, which are read block by block and
-    whose pages are given back, so that they need no memory of their own.
+    whose pages are given back, so that they need no memory of their own. An `Index` of the
+    reference lets several searches share what they prepare.
     memory_bytes: bound of the working memory (without the inputs and the result).
     progress: called after each block with the number of (query, reference) pairs it compared;
     they add up to Q * N.
@@ -91,7 +91,7 @@ def nearest(
 
 def nearest_blocks(
     queries: Array,
-    reference: Array,
+    reference: Array | Index,
     k: int,
     *,
     memory_bytes: int,
@@ -103,18 +103,18 @@ def nearest_blocks(
     """
     if k < 1:
         raise MembenchError(f"k must be at least 1, not {k}")
-    check_inputs(queries, reference)
-    queries, reference = np.asarray(queries), np.asarray(reference)  # a memory map stays one
-    k = min(k, len(reference))
-    q_rows, r_rows = tile_rows(queries, reference, k, memory_bytes)
-    centre, patches = centre_of(reference)
-    sketch = choose(queries, reference, centre, partial(_kth, k / len(reference)), memory_bytes)
+    index = Index.of(reference)
+    check_inputs(queries, index.rows)
+    queries, rows = np.asarray(queries), index.rows
+    k = min(k, len(rows))
+    q_rows, r_rows = tile_rows(queries, rows, k, memory_bytes)
+    sketch = choose(index, queries, partial(_kth, k / len(rows)), memory_bytes)
     if sketch is not None:
-        yield from nearest_by_sketch(queries, reference, k, sketch, memory_bytes, progress)
+        yield from nearest_by_sketch(queries, index, k, sketch, memory_bytes, progress)
         return
-    patches = patches and queries.ndim == 4
+    patches = index.smooth and queries.ndim == 4
     for _, block in blocks(queries, q_rows):
-        yield _nearest_to_block(block, reference, k, centre, patches, r_rows, progress)
+        yield _nearest_to_block(block, rows, k, index.centre, patches, r_rows, progress)
 
 
 def _kth(share: float, rows: Array, squared: Array) -> list[tuple[Array, Array]]:
