@@ -47,6 +47,9 @@ Array = NDArray[Any]
 _U = 2.0**-24  # unit roundoff of float32
 _TINY = 2.0**-126  # bound of the error of one product that underflows
 _LARGEST = 1e15  # descriptors beyond this overflow when squared in float32
+MEMORY = 512 * 2**20
+"""Working memory of a search, in bytes, unless another bound is given."""
+
 PENDING = 12  # candidates kept per query, in multiples of k, before they are pruned
 _SMOOTH = 0.9  # share of the squared distance that patches must keep to be worth a try
 USEFUL = 1 / 32  # share of pairs left to refine beyond which patches cost more than they save
@@ -189,8 +192,13 @@ def evenly_spread(total: int, n: int) -> NDArray[np.int64]:
     return np.arange(0, total, -(-total // n))
 
 
-def refine(found: Candidates, queries: Array, reference: Array) -> NDArray[np.float64]:
-    """True squared distances of candidates; the reference is read once, front to back."""
+def refine(
+    found: Candidates, queries: Array, reference: Array, *, keep: bool = False
+) -> NDArray[np.float64]:
+    """True squared distances of candidates; the reference is read once, front to back.
+
+    keep: whether what was read of a memory map stays in memory.
+    """
     squared = np.empty(len(found))
     order = np.argsort(found.index)
     row_bytes = n_features(reference) * reference.itemsize
@@ -209,7 +217,8 @@ def refine(found: Candidates, queries: Array, reference: Array) -> NDArray[np.fl
             squared[pairs] = values
         last = int(index[-1]) + 1
         if (last - first) * row_bytes > SPAN or start + pairs_at_once >= len(found):
-            release(reference[first:last])
+            if not keep:
+                release(reference[first:last])
             first = last - 1
     return squared
 

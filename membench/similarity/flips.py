@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from membench.errors import MembenchError
-from membench.similarity.filter import Array, to_distance
+from membench.similarity.filter import MEMORY, Array, to_distance
 from membench.similarity.index import Index
 from membench.similarity.ranges import Pairs, Tally, tally_nearest_side, within_sides
 from membench.similarity.search import Neighbours, nearest_blocks
@@ -52,7 +52,7 @@ def nearest_with_flips(
     reference: Array | Index,
     k: int = 50,
     *,
-    memory_bytes: int = 256 * 2**20,
+    memory_bytes: int = MEMORY,
     progress: Callable[[int], None] | None = None,
 ) -> Neighbours:
     """`nearest` under the smaller distance of each query and its mirror image.
@@ -82,7 +82,7 @@ def within_with_flips(
     reference: Array | Index,
     radius: ArrayLike,
     *,
-    memory_bytes: int = 256 * 2**20,
+    memory_bytes: int = MEMORY,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Pairs]:
     """`within` for each query or its mirror image: each pair once, at its smaller distance.
@@ -101,7 +101,7 @@ def tally_with_flips(
     reference: Array | Index,
     radii: ArrayLike,
     *,
-    memory_bytes: int = 256 * 2**20,
+    memory_bytes: int = MEMORY,
     progress: Callable[[int], None] | None = None,
 ) -> Tally:
     """Counts what `within_with_flips` would stream, without ever holding the pairs; see `tally`."""

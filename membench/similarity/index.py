@@ -32,7 +32,7 @@ from membench.similarity.sketch import Features, Sketch, SketchFilter, principal
 WIDTHS = (64, 128, 256, 512)
 """Candidates for the columns of features: directions, and one for what they do not see."""
 
-WORTH = 2**36  # multiplications of a search from which on a sketch may pay
+WORTH = 2**35  # multiplications of a search from which on a sketch may pay
 _SAMPLE = 1024  # references that directions are fitted to and tried on
 _TRIED = 128  # queries of the trial
 _FITTED = 256  # directions fitted at first; more only where so many pay
@@ -134,7 +134,7 @@ def choose(index: Index, queries: Array, limits: Limits, memory_bytes: int) -> S
     tried = evenly_spread(n_queries, _TRIED)
     sample, asked = index.sample, gather(queries, tried)
     asked_limits = limits(tried, _all_squared(asked, sample, index.centre))
-    per_pair = _seconds_per_pair(asked, sample)
+    per_pair = _seconds_per_pair(asked, index.rows)
     plain, engine = engines()[Float32()], quickest()
     speed = engines()[engine]
 
@@ -187,8 +187,9 @@ def _unsure(
 
 
 def _seconds_per_pair(queries: Array, reference: Array) -> float:
-    """Time to compare a pair in full."""
+    """Time to compare a pair in full, where hardly two are of the same reference."""
+    reference = reference[:COMPILED]
     count = np.arange(COMPILED, dtype=np.int32)
-    query, index = np.sort(count % len(queries)), count * 7 % len(reference)
+    query, index = count % len(queries), count % len(reference)
     pairs = Candidates(query, index, np.empty(0, np.float32))
     return seconds(lambda: refine(pairs, queries, reference)) / len(pairs)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from membench.errors import MembenchError
 from membench.files import write_npz
-from membench.similarity.filter import to_distance
+from membench.similarity.filter import MEMORY, to_distance
 from membench.similarity.flips import merge
 from membench.similarity.index import Index
 from membench.similarity.measures import MEASURES, NL2, Band, Measure
@@ -337,7 +337,7 @@ def match(
     widest: float | None = None,
     bands: Sequence[Band] = (),
     max_pairs: int = MAX_PAIRS,
-    memory_bytes: int = 256 * 2**20,
+    memory_bytes: int = MEMORY,
 ) -> Matches:
     """The nearest members of `images` [Q, ...] and, against a reference of equal size, their twin.
 

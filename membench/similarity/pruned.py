@@ -8,15 +8,16 @@ likely nearest are compared first, so that their distances limit the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from functools import reduce
+from operator import add
 
 import numpy as np
 from numpy.typing import NDArray
 
 from membench.similarity.filter import Array, Candidates, refine
 from membench.similarity.index import Index
-from membench.similarity.pages import blocks
-from membench.similarity.sketch import Features, Sketch, SketchFilter
+from membench.similarity.pages import blocks, mapped, release
+from membench.similarity.sketch import Sketch, SketchFilter
 
 _SURVIVORS = 48  # working memory of a pair that survives
 _ROWS = 512  # queries that are compared with a block of references at a time
@@ -35,25 +36,26 @@ def nearest_by_sketch(
     progress: Callable[[int], None] | None,
 ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.int32]]]:
     """Squared distances [q, k] and indices [q, k] of blocks of queries; see `search.nearest`."""
-    group, q_rows, r_rows = shape(queries, index, k, sketch, memory_bytes)
+    rows = index.rows
+    keep = mapped(rows) and rows.nbytes <= memory_bytes // 2  # rather than read it again and again
+    room = memory_bytes - rows.nbytes if keep else memory_bytes
+    group, q_rows, r_rows = shape(queries, index, k, sketch, room)
     out = np.empty(q_rows * r_rows, sketch.engine.dtype)
-    most_pairs = max(r_rows, memory_bytes // 4 // _SURVIVORS)
+    most_pairs = max(r_rows, room // 4 // _SURVIVORS)
     for _, block in blocks(queries, group):
         block = np.ascontiguousarray(block)  # mirrored images are a view
         features = sketch.features(block)
-        found = [
-            _Nearest(block[start : start + q_rows], features[start : start + q_rows], k)
-            for start in range(0, len(block), q_rows)
-        ]
+        found = _Nearest(block, rows, k, most_pairs, keep)
         for start, references in index.blocks(sketch, r_rows, memory_bytes):
-            for part in found:
-                part.compare(sketch, references, start, index.rows, out, most_pairs)
+            for first in range(0, len(block), q_rows):
+                part = slice(first, first + q_rows)
+                filter_ = SketchFilter(sketch, features[part], out)
+                found.compare(filter_, filter_.ranks(references), part, start)
+            found.settle()
             if progress is not None:
                 progress(len(block) * len(references))
-        yield (
-            np.concatenate([part.squared for part in found]),
-            np.concatenate([part.index for part in found]),
-        )
+        yield found.squared, found.index
+    release(rows)
 
 
 def shape(
@@ -72,57 +74,59 @@ def shape(
 
 
 class _Nearest:
-    """The nearest references so far of one block of queries."""
+    """The nearest references so far of a group of queries, and pairs to be compared in full."""
 
-    def __init__(self, queries: Array, features: Features, k: int) -> None:
+    def __init__(self, queries: Array, reference: Array, k: int, most_pairs: int, keep: bool):
         self.queries = queries
-        self.features = features
+        self.reference = reference
         self.k = k
+        self.most_pairs = most_pairs
+        self.keep = keep
         self.squared = np.full((len(queries), k), np.inf)
         self.index = np.full((len(queries), k), -1, np.int32)
+        self.pending: list[Candidates] = []
 
-    def compare(
-        self,
-        sketch: Sketch,
-        references: Features,
-        start: int,
-        reference: Array,
-        out: Array,
-        most_pairs: int,
-    ) -> None:
-        """Takes a block of references, which begins at row `start`, into account."""
-        filter_ = SketchFilter(sketch, self.features, out)
-        rank = filter_.ranks(references)
-        near = self._near(filter_, rank)
-        likely = min(_LIKELY * self.k, rank.shape[1])
+    def compare(self, filter_: SketchFilter, rank: Array, part: slice, start: int) -> None:
+        """Takes ranks [q, r] of a part of the queries with the references from `start` on."""
+        near = rank <= filter_.most(self.squared[part, -1])
         if np.count_nonzero(near) > _MANY * self.k * len(near):
-            near &= rank <= _least(rank, likely)
-            pairs = self._settle(near, start, reference, most_pairs)
-            rank.ravel()[pairs] = sketch.engine.never
-            near = self._near(filter_, rank)
-        self._settle(near, start, reference, most_pairs)
+            near &= rank <= _least(rank, min(_LIKELY * self.k, rank.shape[1]))
+            for pairs in self._marked(near):
+                self._add(pairs, rank.shape[1], part.start, start)
+                rank.ravel()[pairs] = filter_.sketch.engine.never
+            self.settle()
+            near = rank <= filter_.most(self.squared[part, -1])
+        for pairs in self._marked(near):
+            self._add(pairs, rank.shape[1], part.start, start)
 
-    def _near(self, filter_: SketchFilter, rank: Array) -> Array:
-        near: Array = rank <= filter_.most(self.squared[:, -1])
-        return near
+    def _marked(self, near: Array) -> Iterator[NDArray[np.int64]]:
+        """Positions of the marked pairs, no more at a time than fit, or than one query has."""
+        rows = len(near)
+        if np.count_nonzero(near) > self.most_pairs:
+            rows = max(1, self.most_pairs // near.shape[1])
+        for first in range(0, len(near), rows):
+            yield np.flatnonzero(near[first : first + rows]) + first * near.shape[1]
 
-    def _settle(
-        self, near: Array, start: int, reference: Array, most_pairs: int
-    ) -> NDArray[np.int64]:
-        """Compares the marked pairs [Q, r] in full, as many at a time as fit; their positions."""
-        pairs = np.flatnonzero(near)
-        bounds = [0, len(pairs)]
-        if len(pairs) > most_pairs:  # whole queries at a time
-            rows = max(1, most_pairs // near.shape[1])
-            ends = np.arange(rows, len(near) + rows, rows) * near.shape[1]
-            bounds = [0, *np.searchsorted(pairs, ends)]
-        for first, last in pairwise(bounds):
-            query, column = np.divmod(pairs[first:last], near.shape[1])
-            found = Candidates(
-                query.astype(np.int32), (column + start).astype(np.int32), np.empty(0, np.float32)
+    def _add(self, pairs: NDArray[np.int64], columns: int, first: int, start: int) -> None:
+        if sum(map(len, self.pending)) + len(pairs) > self.most_pairs:
+            self.settle()
+        query, column = np.divmod(pairs, columns)
+        self.pending.append(
+            Candidates(
+                (query + first).astype(np.int32),
+                (column + start).astype(np.int32),
+                np.empty(0, np.float32),
             )
-            self._merge(found.query, found.index, refine(found, self.queries, reference))
-        return pairs
+        )
+
+    def settle(self) -> None:
+        """Compares the pending pairs in full."""
+        if not self.pending:
+            return
+        found = reduce(add, self.pending)
+        self.pending = []
+        squared = refine(found, self.queries, self.reference, keep=self.keep)
+        self._merge(found.query, found.index, squared)
 
     def _merge(self, query: Array, index: Array, squared: Array) -> None:
         # of equal distances the lower index comes first: one that comes later in the reference

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from membench.errors import MembenchError
 from membench.similarity.filter import (
+    MEMORY,
     Array,
     Candidates,
     Filter,
@@ -45,7 +46,7 @@ def within(
     reference: Array | Index,
     radius: ArrayLike,
     *,
-    memory_bytes: int = 256 * 2**20,
+    memory_bytes: int = MEMORY,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Pairs]:
     """Every pair with distance <= radius, block by block: (query, index, squared distance).
@@ -145,7 +146,7 @@ def tally(
     reference: Array | Index,
     radii: ArrayLike,
     *,
-    memory_bytes: int = 256 * 2**20,
+    memory_bytes: int = MEMORY,
     progress: Callable[[int], None] | None = None,
 ) -> Tally:
     """Counts what `within` would stream for each of T radii, without ever holding the pairs.

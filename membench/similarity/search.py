@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from membench.errors import MembenchError
 from membench.similarity.filter import (
+    MEMORY,
     PENDING,
     Array,
     Candidates,
@@ -63,7 +64,7 @@ def nearest(
     reference: Array | Index,
     k: int = 50,
     *,
-    memory_bytes: int = 256 * 2**20,
+    memory_bytes: int = MEMORY,
     progress: Callable[[int], None] | None = None,
 ) -> Neighbours:
     """The exact k nearest references of every query by L2; k = N if there are only N < k.
