@@ -133,7 +133,8 @@ def choose(index: Index, queries: Array, limits: Limits, memory_bytes: int) -> S
         return None
     tried = evenly_spread(n_queries, _TRIED)
     sample, asked = index.sample, gather(queries, tried)
-    asked_limits = limits(tried, _all_squared(asked, sample, index.centre))
+    squared = _all_squared(asked, sample, index.centre)
+    asked_limits = limits(tried, squared)
     per_pair = _seconds_per_pair(asked, index.rows)
     plain, engine = engines()[Float32()], quickest()
     speed = engines()[engine]
@@ -152,7 +153,9 @@ def choose(index: Index, queries: Array, limits: Limits, memory_bytes: int) -> S
         rows = n_queries + n * index.passes(sketch, n_queries, memory_bytes)
         return fixed + made * rows + share * n_queries * n * per_pair, sketch
 
-    best, least = None, n_queries * n * (d * plain.product + plain.compared)
+    unsure = _union([(squared <= x[:, None]) ^ (squared <= y[:, None]) for x, y in asked_limits])
+    best: Sketch | None = None
+    least = n_queries * n * (d * plain.product + plain.compared + unsure * per_pair)
     for widths in ([w for w in WIDTHS if w <= min(d, len(sample) // 2)], [None]):
         for width in widths:
             expected, sketch = cost(width)
@@ -180,10 +183,14 @@ def _unsure(
     out = np.empty(len(queries) * len(reference), sketch.engine.dtype)
     filter_ = SketchFilter(sketch, sketch.features(queries), out)
     rank = filter_.ranks(sketch.features(reference))
-    unsure = np.zeros(rank.shape, bool)
-    for most, surely in limits:
-        unsure |= (rank <= filter_.most(most)) ^ (rank <= filter_.surely(surely))
-    return float(np.count_nonzero(unsure) / unsure.size)
+    if sketch.exact:
+        return 0.0
+    return _union([(rank <= filter_.most(x)) ^ (rank <= filter_.surely(y)) for x, y in limits])
+
+
+def _union(marked: list[Array]) -> float:
+    """Share of pairs that are marked in any of the arrays."""
+    return float(np.logical_or.reduce(marked).mean())
 
 
 def _seconds_per_pair(queries: Array, reference: Array) -> float:

@@ -100,7 +100,7 @@ def _stream(
         for start, other in scan.blocks():
             rank = filter_.ranks(other)
             found = Candidates.where(rank <= filter_.most(most), rank, start)
-            squared = refine(found, block, scan.index.rows)
+            squared = scan.squared(filter_, found, block, other, start)
             chosen = to_distance(squared, queries.dtype) <= edge[found.query]
             query = found.query[chosen] + np.int64(begin)
             release(block)
@@ -253,6 +253,19 @@ class _Scan:
         if self.sketch is None:
             return blocks(self.index.rows, self.r_rows)
         return self.index.blocks(self.sketch, self.r_rows, self.memory_bytes)
+
+    def squared(
+        self,
+        filter_: Filter | SketchFilter,
+        found: Candidates,
+        queries: Array,
+        block: Any,
+        start: int,
+    ) -> NDArray[np.float64]:
+        """True squared distances of pairs of a block of references that begins at row `start`."""
+        if isinstance(filter_, SketchFilter) and filter_.sketch.exact:
+            return filter_.squared(found.rank, found.query, found.index - start, block)
+        return refine(found, queries, self.index.rows)
 
     def filter(self, queries: Array, most: Array) -> Filter | SketchFilter:
         """A filter for a block of queries and pairs within squared distances [Q]."""

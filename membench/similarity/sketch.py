@@ -235,6 +235,14 @@ class SketchFilter:
         rank = (reach**2 - q.size_squared - 1) / 2
         return self._limit(np.where((seen >= 0) & (reach >= 0), rank, -np.inf))
 
+    def squared(
+        self, rank: Array, query: Array, column: Array, references: Features
+    ) -> NDArray[np.float64]:
+        """Squared distances of pairs with these ranks, by exact features."""
+        odd = references.size_squared[column] % 2  # what the rank leaves out
+        squared: NDArray[np.float64] = 2.0 * rank + self.queries.size_squared[query] + odd
+        return squared
+
     def _limit(self, rank: Array) -> Array:
         engine = self.sketch.engine
         return np.floor(rank).clip(-engine.limit, engine.never - 1).astype(engine.dtype)[:, None]
