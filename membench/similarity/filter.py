@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 
 from membench.errors import MembenchError
 from membench.similarity.pages import SPAN, blocks, gather, release
-from membench.similarity.pairs import LONGEST, Kernel, compiled
+from membench.similarity.pairs import LONGEST, Kernel, compiled, compiled_for_floats
 
 Array = NDArray[Any]
 
@@ -56,6 +56,7 @@ USEFUL = 1 / 32  # share of pairs left to refine beyond which patches cost more 
 _REFINED = 64  # pairs refined at a time: their rows stay in the cache
 COMPILED = 2**14  # pairs from which on a compiled kernel is worth loading
 _COMPILED_AT_ONCE = 1024
+_FLOATS = {np.dtype(np.float32), np.dtype(np.float64)}  # that a compiled kernel reads
 PAIR_BYTES = 52  # working memory of one pair of a tile, if every pair survives
 
 
@@ -225,11 +226,14 @@ def refine(
 
 def _kernel(n_pairs: int, queries: Array, reference: Array) -> Kernel | None:
     """The compiled kernel where it is worth loading and can read the rows in place."""
-    fits = reference.dtype == np.uint8 and n_features(reference) <= LONGEST
     in_place = queries.flags.c_contiguous and reference.flags.c_contiguous
     # few rows of a memory map that lie far apart would bring too much of it into memory
     dense = n_pairs >= COMPILED and n_pairs * 64 >= len(reference)
-    return compiled() if fits and in_place and dense else None
+    if not (in_place and dense):
+        return None
+    if reference.dtype == np.uint8:
+        return compiled() if n_features(reference) <= LONGEST else None
+    return compiled_for_floats() if {queries.dtype, reference.dtype} <= _FLOATS else None
 
 
 def to_distance(squared: Array, dtype: Any) -> NDArray[np.float32]:
