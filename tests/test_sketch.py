@@ -1,5 +1,8 @@
 """Projection pruning: bounds that hold for every pair, and the answers of brute force."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -336,3 +339,50 @@ def test_features_that_do_not_fit_are_made_block_by_block(rng, made):
     found = nearest(x, reference, 5, memory_bytes=2**20)
     assert max(made) < 3000 <= sum(made)
     np.testing.assert_array_equal(found.index, expected.index)
+
+
+SEARCHES = """
+import sys
+from pathlib import Path
+import numpy as np
+from membench.similarity import nearest, ranges, search, tally, within
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+used = []
+def choose(index, *_):
+    used.append(len(index))
+    return index.sketch(64)
+
+search.choose = ranges.choose = choose
+queries, reference = (np.load(path, mmap_mode="r") for path in sys.argv[1:3])
+bound, radius = int(sys.argv[3]), float(nearest(queries, reference[:3000]).distance.max())
+list(within(queries, reference[:3000], radius))  # imports, compiled code
+for run in (
+    lambda: nearest(queries, reference, memory_bytes=bound),
+    lambda: [None for _ in within(queries, reference, radius, memory_bytes=bound)],
+    lambda: tally(queries, reference, [radius / 2, radius], memory_bytes=bound),
+):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    run()
+    print(status("VmHWM") - before)
+assert used.count(len(reference)) == 3
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+def test_stays_within_its_memory(rng, tmp_path):
+    """Resident memory of a process, pages of a map larger than the bound included."""
+    bound = 32 * 2**20
+    for name, n in (("queries", 300), ("reference", 60_000)):
+        np.save(tmp_path / f"{name}.npy", rows(rng, n, 768, np.uint8))
+    paths = [tmp_path / f"{name}.npy" for name in ("queries", "reference")]
+    assert paths[1].stat().st_size > 1.3 * bound
+    command = [sys.executable, "-c", SEARCHES, *map(str, paths), str(bound)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result = 300 * 50 * 12 + 2 * 60_000 * 12
+    peaks = [int(line) for line in done.stdout.split()]
+    assert len(peaks) == 3 and max(peaks) < bound + result, peaks

@@ -97,11 +97,12 @@ class Candidates:
         return Candidates(self.query[chosen], self.index[chosen], self.rank[chosen])
 
     def __add__(self, other: Candidates) -> Candidates:
-        return Candidates(
-            np.concatenate([self.query, other.query]),
-            np.concatenate([self.index, other.index]),
-            np.concatenate([self.rank, other.rank]),
-        )
+        return Candidates.join([self, other])
+
+    @classmethod
+    def join(cls, parts: list[Candidates]) -> Candidates:
+        names = ("query", "index", "rank")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 class Filter:

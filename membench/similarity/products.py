@@ -43,8 +43,9 @@ class Float32:
     def store(self, x: NDArray[np.int8]) -> Any:
         return x.astype(np.float32)
 
-    def join(self, rows: list[Any]) -> Any:
-        return np.concatenate(rows)
+    def empty(self, rows: int, terms: int) -> Any:
+        """Room for stored rows."""
+        return np.empty((rows, terms), np.float32)
 
     def product(self, a: Any, b: Any, out: Array) -> Array:
         """a b^T of stored rows; `out` of `dtype` holds at least as many values."""
@@ -67,10 +68,10 @@ class Int8:
 
         return torch.tensor(x)  # a copy: where one row has odd strides, _int_mm writes nothing
 
-    def join(self, rows: list[Any]) -> Any:
+    def empty(self, rows: int, terms: int) -> Any:
         import torch
 
-        return torch.cat(rows)
+        return torch.empty((rows, terms), dtype=torch.int8)
 
     def product(self, a: Any, b: Any, out: Array) -> Array:
         import torch

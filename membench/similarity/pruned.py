@@ -8,8 +8,6 @@ likely nearest are compared first, so that their distances limit the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import reduce
-from operator import add
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +36,7 @@ def nearest_by_sketch(
     """Squared distances [q, k] and indices [q, k] of blocks of queries; see `search.nearest`."""
     rows = index.rows
     keep = mapped(rows) and rows.nbytes <= memory_bytes // 2  # rather than read it again and again
-    room = memory_bytes - rows.nbytes if keep else memory_bytes
+    room = memory_bytes * 7 // 8 - (rows.nbytes if keep else 0)  # less what libraries take
     group, q_rows, r_rows = shape(queries, index, k, sketch, room)
     out = np.empty(q_rows * r_rows, sketch.engine.dtype)
     most_pairs = max(r_rows, room // 4 // _SURVIVORS)
@@ -123,7 +121,7 @@ class _Nearest:
         """Compares the pending pairs in full."""
         if not self.pending:
             return
-        found = reduce(add, self.pending)
+        found = Candidates.join(self.pending)
         self.pending = []
         squared = refine(found, self.queries, self.reference, keep=self.keep)
         self._merge(found.query, found.index, squared)

@@ -32,7 +32,7 @@ of what made phi is added to them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -68,15 +68,11 @@ class Features:
         return len(self.half)
 
     def __getitem__(self, rows: slice) -> Features:
-        return Features(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return Features(self.stored[rows], *(each[rows] for each in self.known()))
 
-    @classmethod
-    def join(cls, parts: list[Features], engine: Engine) -> Features:
-        if len(parts) == 1:
-            return parts[0]
-        names = [field.name for field in fields(cls)][1:]
-        each = [np.concatenate([getattr(part, name) for part in parts]) for name in names]
-        return cls(engine.join([part.stored for part in parts]), *each)
+    def known(self) -> list[Array]:
+        """Everything but the rows."""
+        return [self.half, self.size_squared, self.error, self.lost, self.rest]
 
 
 class Sketch:
@@ -127,7 +123,12 @@ class Sketch:
     def features(self, x: Array) -> Features:
         """Features of rows [n, ...], made in pieces."""
         make = self._values if self.exact else self._chunk
-        return Features.join([make(block) for _, block in blocks(x, _CHUNK)], self.engine)
+        stored, known = self.engine.empty(len(x), self.width), []
+        for start, block in blocks(x, _CHUNK):
+            made = make(block)
+            stored[start : start + len(block)] = made.stored
+            known.append(made.known())
+        return Features(stored, *(np.concatenate(each) for each in zip(*known, strict=True)))
 
     def row_bytes(self) -> int:
         """Memory of one row of features."""
