@@ -376,13 +376,15 @@ assert used.count(len(reference)) == 3
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 def test_stays_within_its_memory(rng, tmp_path):
     """Resident memory of a process, pages of a map larger than the bound included."""
-    bound = 32 * 2**20
-    for name, n in (("queries", 300), ("reference", 60_000)):
-        np.save(tmp_path / f"{name}.npy", rows(rng, n, 768, np.uint8))
+    bound = 64 * 2**20
+    centres = rng.integers(50, 200, (500, 768), dtype=np.uint8)
+    for name, n in (("queries", 300), ("reference", 120_000)):
+        noise = rng.integers(0, 16, (n, 768), dtype=np.uint8)
+        np.save(tmp_path / f"{name}.npy", centres[rng.integers(0, 500, n)] + noise)
     paths = [tmp_path / f"{name}.npy" for name in ("queries", "reference")]
     assert paths[1].stat().st_size > 1.3 * bound
     command = [sys.executable, "-c", SEARCHES, *map(str, paths), str(bound)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    result = 300 * 50 * 12 + 2 * 60_000 * 12
+    result = 300 * 50 * 12 + 2 * 120_000 * 12
     peaks = [int(line) for line in done.stdout.split()]
     assert len(peaks) == 3 and max(peaks) < bound + result, peaks
