@@ -289,17 +289,17 @@ third = partial(search._kth, 3 / 4000)
 def test_a_sketch_is_chosen_where_it_pays(rng, measured):
     """Few directions for rows near a plane; the values themselves, or none, for a flat spectrum."""
     near = Index(near_a_plane(rng))
-    chosen = index.choose(near, near.rows, third, 2**28)
+    chosen = index.choose(near, near.rows, third, 2**28, 4000)
     assert chosen is not None and chosen.m < 600
     flat = Index(rng.standard_normal((4000, 256)).astype(np.float32))
-    chosen = index.choose(flat, flat.rows, third, 2**28)
+    chosen = index.choose(flat, flat.rows, third, 2**28, 4000)
     assert chosen is None or chosen.directions is None
-    assert index.choose(near, near.rows, third, 2**16) is None, "does not fit into the memory"
+    assert index.choose(near, near.rows, third, 2**16, 4000) is None, "does not fit into the memory"
 
 
 def test_small_searches_do_without(rng):
     x = rows(rng, 50, 30, np.uint8)
-    assert index.choose(Index(x), x, third, 2**30) is None
+    assert index.choose(Index(x), x, third, 2**30, 50) is None
 
 
 @pytest.fixture

@@ -105,11 +105,11 @@ class Index:
             else:
                 yield start, sketch.features(self.rows[rows])
 
-    def passes(self, sketch: Sketch, n_queries: int, memory_bytes: int) -> int:
-        """How often a search makes the features of all references."""
+    def passes(self, sketch: Sketch, groups: int, memory_bytes: int) -> int:
+        """How often a search of groups of queries makes the features of all references."""
         if self._holds(sketch):
             return 0
-        return 1 if self._may_hold(sketch, memory_bytes) else -(-n_queries // 2048)
+        return 1 if self._may_hold(sketch, memory_bytes) else groups
 
     def _holds(self, sketch: Sketch) -> bool:
         return self._features is not None and self._features[0] is sketch
@@ -118,12 +118,15 @@ class Index:
         return len(self.rows) * sketch.row_bytes() <= memory_bytes // 8
 
 
-def choose(index: Index, queries: Array, limits: Limits, memory_bytes: int) -> Sketch | None:
+def choose(
+    index: Index, queries: Array, limits: Limits, memory_bytes: int, group: int
+) -> Sketch | None:
     """The sketch that is expected to make a search quickest; None where plain blocks are.
 
     limits: of the rows of some queries, and of their squared distances [T, n] to an even sample of
     the reference, the squared distances [T] that decide: (at most, surely within), one pair for
     each radius. memory_bytes: of the search; None as well if a sketch would not fit into it.
+    group: queries that are compared in one pass over the references.
 
     Features of the sample are made and compared; their speed and what they leave to compare in full
     are measured. Widths are tried in turn, until a wider one costs more.
@@ -150,7 +153,7 @@ def choose(index: Index, queries: Array, limits: Limits, memory_bytes: int) -> S
         start = time.perf_counter()
         share = _unsure(sketch, asked, sample, asked_limits)
         made = (time.perf_counter() - start) / (len(sample) + len(asked))
-        rows = n_queries + n * index.passes(sketch, n_queries, memory_bytes)
+        rows = n_queries + n * index.passes(sketch, -(-n_queries // group), memory_bytes)
         return fixed + made * rows + share * n_queries * n * per_pair, sketch
 
     unsure = _union([(squared <= x[:, None]) ^ (squared <= y[:, None]) for x, y in asked_limits])

@@ -89,13 +89,21 @@ class _Nearest:
         near = rank <= filter_.most(self.squared[part, -1])
         if np.count_nonzero(near) > _MANY * self.k * len(near):
             near &= rank <= _least(rank, min(_LIKELY * self.k, rank.shape[1]))
-            for pairs in self._marked(near):
-                self._add(pairs, rank.shape[1], part.start, start)
-                rank.ravel()[pairs] = filter_.sketch.engine.never
-            self.settle()
+            for places in self._marked(near):
+                self._settle(_pairs(places, rank.shape[1], part.start, start))
+                rank.ravel()[places] = filter_.sketch.engine.never
             near = rank <= filter_.most(self.squared[part, -1])
-        for pairs in self._marked(near):
-            self._add(pairs, rank.shape[1], part.start, start)
+        for places in self._marked(near):
+            if sum(map(len, self.pending)) + len(places) > self.most_pairs:
+                self.settle()
+            self.pending.append(_pairs(places, rank.shape[1], part.start, start))
+
+    def settle(self) -> None:
+        """Compares the pending pairs in full."""
+        if self.pending:
+            found = Candidates.join(self.pending)
+            self.pending = []
+            self._settle(found)
 
     def _marked(self, near: Array) -> Iterator[NDArray[np.int64]]:
         """Positions of the marked pairs, no more at a time than fit, or than one query has."""
@@ -105,24 +113,7 @@ class _Nearest:
         for first in range(0, len(near), rows):
             yield np.flatnonzero(near[first : first + rows]) + first * near.shape[1]
 
-    def _add(self, pairs: NDArray[np.int64], columns: int, first: int, start: int) -> None:
-        if sum(map(len, self.pending)) + len(pairs) > self.most_pairs:
-            self.settle()
-        query, column = np.divmod(pairs, columns)
-        self.pending.append(
-            Candidates(
-                (query + first).astype(np.int32),
-                (column + start).astype(np.int32),
-                np.empty(0, np.float32),
-            )
-        )
-
-    def settle(self) -> None:
-        """Compares the pending pairs in full."""
-        if not self.pending:
-            return
-        found = Candidates.join(self.pending)
-        self.pending = []
+    def _settle(self, found: Candidates) -> None:
         squared = refine(found, self.queries, self.reference, keep=self.keep)
         self._merge(found.query, found.index, squared)
 
@@ -145,6 +136,14 @@ class _Nearest:
         query, place, order = query[chosen], place[chosen], order[chosen]
         self.squared[query, place] = squared[order]
         self.index[query, place] = index[order]
+
+
+def _pairs(places: NDArray[np.int64], columns: int, query: int, index: int) -> Candidates:
+    """Pairs by their places in a block [q, columns] that begins at a query and a reference."""
+    row, column = np.divmod(places, columns)
+    return Candidates(
+        (row + query).astype(np.int32), (column + index).astype(np.int32), np.empty(0, np.float32)
+    )
 
 
 def _least(rank: Array, n: int) -> Array:

@@ -239,13 +239,13 @@ class _Scan:
 
     @classmethod
     def of(cls, index: Index, sides: Sequence[Array], limits: Limits, memory_bytes: int) -> _Scan:
-        sketch = choose(index, sides[0], limits, memory_bytes)
+        # half of the memory; the rest is for features and for making them
+        pairs = max(1, memory_bytes // 2 // _PAIR_BYTES)
+        q_rows = min(len(sides[0]), _Q_ROWS, math.isqrt(pairs))
+        r_rows = min(len(index), pairs // q_rows)
+        sketch = choose(index, sides[0], limits, memory_bytes, q_rows)
         if sketch is None:
             q_rows, r_rows = tile_rows(sides[0], index.rows, 0, memory_bytes, _PAIR_BYTES)
-        else:  # half of the memory; the rest is for features and for making them
-            pairs = max(1, memory_bytes // 2 // _PAIR_BYTES)
-            q_rows = min(len(sides[0]), _Q_ROWS, math.isqrt(pairs))
-            r_rows = min(len(index), pairs // q_rows)
         return cls(index, sketch, q_rows, r_rows, memory_bytes)
 
     def blocks(self) -> Iterator[tuple[int, Any]]:

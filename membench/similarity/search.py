@@ -109,7 +109,7 @@ def nearest_blocks(
     queries, rows = np.asarray(queries), index.rows
     k = min(k, len(rows))
     q_rows, r_rows = tile_rows(queries, rows, k, memory_bytes)
-    sketch = choose(index, queries, partial(_kth, k / len(rows)), memory_bytes)
+    sketch = choose(index, queries, partial(_kth, k / len(rows)), memory_bytes, len(queries))
     if sketch is not None:
         yield from nearest_by_sketch(queries, index, k, sketch, memory_bytes, progress)
         return
@@ -119,9 +119,20 @@ def nearest_blocks(
 
 
 def _kth(share: float, rows: Array, squared: Array) -> list[tuple[Array, Array]]:
-    """What decides about neighbours: the distance within which that share of a sample lies."""
-    k = min(squared.shape[1], max(2, math.ceil(share * squared.shape[1])))
-    return [(np.partition(squared, k - 1, axis=1)[:, k - 1], np.full(len(squared), -np.inf))]
+    """What decides about neighbours: the distance within which that share of a sample lies.
+
+    Where that is less than two of it, guessed from how distances grow with their order.
+    """
+    n = squared.shape[1]
+    order, beyond = min(n, max(2, math.ceil(share * n))), min(n, 32)
+    ascending = np.sort(squared, axis=1)
+    kth = ascending[:, order - 1]
+    if share * n < order and order < beyond:
+        growth = np.log(ascending[:, beyond - 1] / np.maximum(kth, 1e-30)) / math.log(
+            beyond / order
+        )
+        kth = kth * (share * n / order) ** growth
+    return [(kth, np.full(len(squared), -np.inf))]
 
 
 def _nearest_to_block(
