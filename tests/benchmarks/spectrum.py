@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/spectrum.py
 
 Descriptors of 512 values (as SSCD's) whose i-th principal variance is i^-alpha, Gaussian; and unit
-vectors like SSCD's: flat, and in clusters. 2,000 queries, 100,000 references, 50 neighbours. A line
+vectors like SSCD's: flat, and in clusters. 1,000 queries, 100,000 references, 50 neighbours. A line
 of the table: the share of the variance in the first 64 directions, what `choose` takes, how many
 references it leaves to compare in full per query, and CPU seconds of the search as chosen, of the
 search in plain float32 blocks and of the bare matrix product, in turns, medians of three.
@@ -19,7 +19,7 @@ import numpy as np
 
 from membench.similarity import nearest, pruned, search
 
-ROWS, QUERIES, VALUES, K, ROUNDS = 100_000, 2_000, 512, 50, 3
+ROWS, QUERIES, VALUES, K, ROUNDS = 100_000, 1_000, 512, 50, 3
 ALPHAS = (0, 0.25, 0.5, 0.75, 1, 1.5, 2)
 
 
