@@ -1,7 +1,8 @@
 """Exact k nearest neighbours by L2, in blocks, within a stated memory bound.
 
-Float32 matrix products only *filter* (see `filter`); distances of the survivors are computed in
-integers, so the answer is that of brute force, whatever the machine, the BLAS and the block sizes.
+Matrix products only *filter*: of 8-bit sketches in large searches (see `sketch`), else of float32
+rows (see `filter`). Distances of the survivors are computed in integers (floats: in float64), so
+the answer is that of brute force, whatever the machine, the BLAS and the block sizes.
 """
 
 from __future__ import annotations

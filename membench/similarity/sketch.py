@@ -233,7 +233,7 @@ class SketchFilter:
         q = self.queries
         seen = self.sketch.rho**2 * squared * (1 - _RELATIVE) - 4 * q.rest * self.rest
         reach = np.sqrt(np.maximum(seen, 0)) * (1 - _RELATIVE) - q.lost - self.lost
-        rank = (reach**2 - q.size_squared - 1) / 2
+        rank = (reach**2 - q.size_squared - 1.001) / 2  # 1 for the floor, the rest for rounding
         return self._limit(np.where((seen >= 0) & (reach >= 0), rank, -np.inf))
 
     def squared(
