@@ -222,6 +222,21 @@ def test_flips_equal_brute_force(rng, small_sketches, engine, m):
     assert_tallies(tally_with_flips(x, y, radii), squared, np.uint8, radii)
 
 
+def test_equals_brute_force_without_numba(rng, small_sketches, monkeypatch):
+    for name in ("compiled", "compiled_for_floats"):
+        monkeypatch.setattr(filter, name, lambda: None)
+    monkeypatch.setattr(filter, "COMPILED", 0)
+    for dtype in (np.uint8, np.float32):
+        assert_exact(rows(rng, 23, 100, dtype), rows(rng, 200, 100, dtype), 10)
+
+
+def test_equals_brute_force_compiled(rng, small_sketches, monkeypatch):
+    """Also few pairs, which are else not worth it."""
+    monkeypatch.setattr(filter, "COMPILED", 0)
+    for dtype in (np.uint8, np.float32):
+        assert_exact(rows(rng, 23, 300, dtype), rows(rng, 200, 300, dtype), 10)
+
+
 def test_ties_are_ordered_by_index(rng, small_sketches):
     reference = np.concatenate([rows(rng, 5, 40, np.uint8)] * 40)
     assert_exact(np.concatenate([reference[:3], rows(rng, 9, 40, np.uint8)]), reference, 50)
