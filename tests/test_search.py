@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from membench.errors import MembenchError
-from membench.similarity import filter, search
+from membench.similarity import filter, pairs, search
 from membench.similarity.search import Neighbours, nearest
 
 
@@ -247,7 +247,7 @@ def test_stays_within_its_memory(rng, tmp_path, kind):
         np.save(path, made)
     queries, reference = (np.load(path, mmap_mode="r") for path in paths)
     small = nearest(queries[:2], reference[:100])  # imports and caches
-    many = np.arange(filter._COMPILED, dtype=np.int32) % 300
+    many = np.arange(filter.COMPILED, dtype=np.int32) % 300
     filter.refine(filter.Candidates(many, many, many.astype(np.float32)), queries, reference)
     result = 300 * 50 * (4 + 4)
     tracemalloc.start()
@@ -257,6 +257,21 @@ def test_stays_within_its_memory(rng, tmp_path, kind):
     assert reference.nbytes > 7 * bound
     assert peak < bound + 2 * result
     assert len(small.index) == 2 and found.index.shape == (300, 50)
+
+
+@pytest.mark.parametrize("dtypes", [(np.float32, np.float32), (np.float64, np.float32)])
+def test_compiled_floats_are_those_of_numpy(rng, dtypes):
+    """To the last bit: which pairs are compared at a time must not decide about ties."""
+    run = pairs.compiled_for_floats()
+    if run is None:
+        pytest.skip("numba is not installed")
+    row = np.arange(20, dtype=np.int32)
+    for d in (*range(1, 20), 127, 128, 129, 136, 255, 256, 257, 300, 512, 513, 3072, 5001):
+        x, y = (rng.standard_normal((20, d)).astype(dtype) for dtype in dtypes)
+        squared = np.empty(20)
+        run(x, y, row, row, squared)
+        np.testing.assert_array_equal(squared, filter.squared_l2(x, y))
+        assert len(set(squared)) == 20
 
 
 def test_too_little_memory_is_refused(rng):

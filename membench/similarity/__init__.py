@@ -6,6 +6,7 @@ from membench.similarity.flips import (
     tally_with_flips,
     within_with_flips,
 )
+from membench.similarity.index import Index
 from membench.similarity.matches import Matches, Reference, match
 from membench.similarity.measures import MEASURES, NL2, SSCD, Band, Measure, nl2, sscd
 from membench.similarity.ranges import Tally, tally, within
@@ -16,6 +17,7 @@ __all__ = [
     "NL2",
     "SSCD",
     "Band",
+    "Index",
     "Matches",
     "Measure",
     "Neighbours",

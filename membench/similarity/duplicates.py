@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from membench.errors import MembenchError
+from membench.similarity.filter import MEMORY
 from membench.similarity.pages import blocks
 from membench.similarity.ranges import tally, within
 from membench.similarity.search import nearest
@@ -25,7 +26,6 @@ SIDE = 32
 """Longer side of a thumbnail in pixels."""
 
 _CHUNK = 1024  # images that `keep_first` settles at a time: their pairs fit into a matrix of flags
-_MEMORY = 256 * 2**20
 _BLOCK_BYTES = 2**24  # images read at a time to make thumbnails
 
 Progress = Callable[[int], None] | None
@@ -66,7 +66,7 @@ def nearest_rmse(
     images: NDArray[np.uint8],
     reference: NDArray[np.uint8],
     *,
-    memory_bytes: int = _MEMORY,
+    memory_bytes: int = MEMORY,
     progress: Progress = None,
 ) -> NDArray[np.float32]:
     """RMSE of each image's thumbnail to the nearest thumbnail of the reference, [Q] in [0, 1].
@@ -81,7 +81,7 @@ def nearest_rmse(
 
 
 def nearest_other_rmse(
-    images: NDArray[np.uint8], *, memory_bytes: int = _MEMORY, progress: Progress = None
+    images: NDArray[np.uint8], *, memory_bytes: int = MEMORY, progress: Progress = None
 ) -> NDArray[np.float32]:
     """RMSE of each image's thumbnail to the nearest of the *other* images, [N] in [0, 1].
 
@@ -101,7 +101,7 @@ def keep_first(
     images: NDArray[np.uint8],
     rmse: float,
     *,
-    memory_bytes: int = _MEMORY,
+    memory_bytes: int = MEMORY,
     progress: Progress = None,
 ) -> NDArray[np.bool_]:
     """Which images stay if near-duplicates of earlier ones that stay are dropped, bool [N].

@@ -40,19 +40,23 @@ from numpy.typing import NDArray
 
 from membench.errors import MembenchError
 from membench.similarity.pages import SPAN, blocks, gather, release
-from membench.similarity.pairs import LONGEST, Kernel, compiled
+from membench.similarity.pairs import LONGEST, Kernel, compiled, compiled_for_floats
 
 Array = NDArray[Any]
 
 _U = 2.0**-24  # unit roundoff of float32
 _TINY = 2.0**-126  # bound of the error of one product that underflows
 _LARGEST = 1e15  # descriptors beyond this overflow when squared in float32
+MEMORY = 512 * 2**20
+"""Working memory of a search, in bytes, unless another bound is given."""
+
 PENDING = 12  # candidates kept per query, in multiples of k, before they are pruned
 _SMOOTH = 0.9  # share of the squared distance that patches must keep to be worth a try
 USEFUL = 1 / 32  # share of pairs left to refine beyond which patches cost more than they save
 _REFINED = 64  # pairs refined at a time: their rows stay in the cache
-_COMPILED = 2**14  # pairs from which on a compiled kernel is worth loading
+COMPILED = 2**14  # pairs from which on a compiled kernel is worth loading
 _COMPILED_AT_ONCE = 1024
+_FLOATS = {np.dtype(np.float32), np.dtype(np.float64)}  # that a compiled kernel reads
 PAIR_BYTES = 52  # working memory of one pair of a tile, if every pair survives
 
 
@@ -93,11 +97,12 @@ class Candidates:
         return Candidates(self.query[chosen], self.index[chosen], self.rank[chosen])
 
     def __add__(self, other: Candidates) -> Candidates:
-        return Candidates(
-            np.concatenate([self.query, other.query]),
-            np.concatenate([self.index, other.index]),
-            np.concatenate([self.rank, other.rank]),
-        )
+        return Candidates.join([self, other])
+
+    @classmethod
+    def join(cls, parts: list[Candidates]) -> Candidates:
+        names = ("query", "index", "rank")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 class Filter:
@@ -189,8 +194,13 @@ def evenly_spread(total: int, n: int) -> NDArray[np.int64]:
     return np.arange(0, total, -(-total // n))
 
 
-def refine(found: Candidates, queries: Array, reference: Array) -> NDArray[np.float64]:
-    """True squared distances of candidates; the reference is read once, front to back."""
+def refine(
+    found: Candidates, queries: Array, reference: Array, *, keep: bool = False
+) -> NDArray[np.float64]:
+    """True squared distances of candidates; the reference is read once, front to back.
+
+    keep: whether what was read of a memory map stays in memory.
+    """
     squared = np.empty(len(found))
     order = np.argsort(found.index)
     row_bytes = n_features(reference) * reference.itemsize
@@ -209,18 +219,22 @@ def refine(found: Candidates, queries: Array, reference: Array) -> NDArray[np.fl
             squared[pairs] = values
         last = int(index[-1]) + 1
         if (last - first) * row_bytes > SPAN or start + pairs_at_once >= len(found):
-            release(reference[first:last])
+            if not keep:
+                release(reference[first:last])
             first = last - 1
     return squared
 
 
 def _kernel(n_pairs: int, queries: Array, reference: Array) -> Kernel | None:
     """The compiled kernel where it is worth loading and can read the rows in place."""
-    fits = reference.dtype == np.uint8 and n_features(reference) <= LONGEST
     in_place = queries.flags.c_contiguous and reference.flags.c_contiguous
     # few rows of a memory map that lie far apart would bring too much of it into memory
-    dense = n_pairs >= _COMPILED and n_pairs * 64 >= len(reference)
-    return compiled() if fits and in_place and dense else None
+    dense = n_pairs >= COMPILED and n_pairs * 64 >= len(reference)
+    if not (in_place and dense):
+        return None
+    if reference.dtype == np.uint8:
+        return compiled() if n_features(reference) <= LONGEST else None
+    return compiled_for_floats() if {queries.dtype, reference.dtype} <= _FLOATS else None
 
 
 def to_distance(squared: Array, dtype: Any) -> NDArray[np.float32]:
@@ -239,6 +253,17 @@ def squared_l2(x: Array, y: Array) -> NDArray[np.float64]:
     difference *= difference  # at most 255^2 < 2^16
     exact = np.uint32 if x.shape[1] * 255**2 < 2**32 else np.uint64
     squared: NDArray[np.float64] = difference.sum(axis=1, dtype=exact).astype(np.float64)
+    return squared
+
+
+def squared_to(rows: NDArray[np.uint8], point: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Exact squared distances of rows [n, D] to one point [D]."""
+    run = compiled() if rows.shape[1] <= LONGEST and rows.flags.c_contiguous else None
+    if run is None:
+        return squared_l2(rows, point)
+    squared = np.empty(len(rows))
+    row = np.arange(len(rows), dtype=np.int32)
+    run(point[None], rows, np.zeros_like(row), row, squared)
     return squared
 
 

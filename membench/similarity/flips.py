@@ -9,9 +9,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from membench.errors import MembenchError
-from membench.similarity.filter import Array, to_distance
-from membench.similarity.ranges import Pairs, Tally, tally_nearest_side, within
+from membench.similarity.filter import MEMORY, Array, to_distance
+from membench.similarity.index import Index
+from membench.similarity.ranges import Pairs, Tally, tally_nearest_side, within_sides
 from membench.similarity.search import Neighbours, nearest_blocks
+
+_MERGED = 4096  # queries whose lists are merged at a time
 
 
 def merge(first: Neighbours, second: Neighbours, k: int) -> Neighbours:
@@ -46,10 +49,10 @@ def merge(first: Neighbours, second: Neighbours, k: int) -> Neighbours:
 
 def nearest_with_flips(
     queries: Array,
-    reference: Array,
+    reference: Array | Index,
     k: int = 50,
     *,
-    memory_bytes: int = 256 * 2**20,
+    memory_bytes: int = MEMORY,
     progress: Callable[[int], None] | None = None,
 ) -> Neighbours:
     """`nearest` under the smaller distance of each query and its mirror image.
@@ -60,23 +63,26 @@ def nearest_with_flips(
     does, and for anything but images.
     """
     _check_images(queries, reference)
-    plain, mirrored = (
-        nearest_blocks(side, reference, k, memory_bytes=memory_bytes, progress=progress)
-        for side in (queries, _mirrored(queries))
-    )
-    found = []
-    for (first, first_index), (second, second_index) in zip(plain, mirrored, strict=True):
-        squared, index = _merge((first, second), (first_index, second_index), first.shape[1])
-        found.append((to_distance(squared, queries.dtype), index))
-    return Neighbours(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+    index = Index.of(reference)
+    sides = []
+    for side in (queries, _mirrored(queries)):
+        found = nearest_blocks(side, index, k, memory_bytes=memory_bytes, progress=progress)
+        sides.append([np.concatenate(parts) for parts in zip(*found, strict=True)])
+    (first, first_index), (second, second_index) = sides
+    for start in range(0, len(first), _MERGED):
+        rows = slice(start, start + _MERGED)
+        first[rows], first_index[rows] = _merge(
+            (first[rows], second[rows]), (first_index[rows], second_index[rows]), first.shape[1]
+        )
+    return Neighbours(to_distance(first, queries.dtype), first_index)
 
 
 def within_with_flips(
     queries: Array,
-    reference: Array,
+    reference: Array | Index,
     radius: ArrayLike,
     *,
-    memory_bytes: int = 256 * 2**20,
+    memory_bytes: int = MEMORY,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Pairs]:
     """`within` for each query or its mirror image: each pair once, at its smaller distance.
@@ -85,19 +91,17 @@ def within_with_flips(
     2 Q N.
     """
     _check_images(queries, reference)
-    sides = [
-        within(side, reference, radius, memory_bytes=memory_bytes // 3, progress=progress)
-        for side in (queries, _mirrored(queries))
-    ]
-    return (_unite(*blocks) for blocks in zip(*sides, strict=True))
+    sides = [queries, _mirrored(queries)]
+    streams = within_sides(sides, reference, radius, memory_bytes * 2 // 3, progress)
+    return (_unite(*blocks) for blocks in zip(*streams, strict=True))
 
 
 def tally_with_flips(
     queries: Array,
-    reference: Array,
+    reference: Array | Index,
     radii: ArrayLike,
     *,
-    memory_bytes: int = 256 * 2**20,
+    memory_bytes: int = MEMORY,
     progress: Callable[[int], None] | None = None,
 ) -> Tally:
     """Counts what `within_with_flips` would stream, without ever holding the pairs; see `tally`."""
@@ -137,8 +141,8 @@ def _mirrored(images: Array) -> Array:
     return np.asarray(images)[:, :, ::-1]
 
 
-def _check_images(queries: Array, reference: Array) -> None:
-    for name, x in (("queries", queries), ("reference", reference)):
+def _check_images(queries: Array, reference: Array | Index) -> None:
+    for name, x in (("queries", queries), ("reference", Index.of(reference).rows)):
         if not isinstance(x, np.ndarray) or x.ndim != 4 or x.dtype != np.uint8:
             what = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
             raise MembenchError(

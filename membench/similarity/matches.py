@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from membench.errors import MembenchError
 from membench.files import write_npz
-from membench.similarity.filter import to_distance
+from membench.similarity.filter import MEMORY, to_distance
 from membench.similarity.flips import merge
+from membench.similarity.index import Index
 from membench.similarity.measures import MEASURES, NL2, Band, Measure
 from membench.similarity.ranges import tally_nearest_side, within
 from membench.similarity.search import Neighbours, nearest
@@ -336,7 +337,7 @@ def match(
     widest: float | None = None,
     bands: Sequence[Band] = (),
     max_pairs: int = MAX_PAIRS,
-    memory_bytes: int = 256 * 2**20,
+    memory_bytes: int = MEMORY,
 ) -> Matches:
     """The nearest members of `images` [Q, ...] and, against a reference of equal size, their twin.
 
@@ -389,7 +390,7 @@ def _match(
     options: dict[str, Any],
 ) -> Side:
     """The matches of one side."""
-    compared = reference.compared
+    compared = Index(reference.compared)
     listed = nearest(queries[0], compared, k, **options)
     for more in queries[1:]:
         listed = merge(listed, nearest(more, compared, k, **options), k)
@@ -425,7 +426,7 @@ def _match(
 
 
 def _reaches(
-    band: Band, measure: Measure, complete: float, listed: Neighbours, compared: NDArray[Any]
+    band: Band, measure: Measure, complete: float, listed: Neighbours, compared: Index
 ) -> bool:
     side = Side(listed, len(compared), len(compared), complete=complete)
     return Matches(side, None, measure).covers(band)
@@ -433,7 +434,7 @@ def _reaches(
 
 def _beyond(
     queries: list[NDArray[Any]],
-    compared: NDArray[Any],
+    compared: Index,
     listed: Neighbours,
     full: NDArray[Any],
     widest: float,
@@ -474,7 +475,7 @@ def _beyond(
 
 def _count(
     queries: list[NDArray[Any]],
-    compared: NDArray[Any],
+    compared: Index,
     listed: Neighbours,
     bands: Sequence[Band],
     measure: Measure,

@@ -60,6 +60,11 @@ def release(x: NDArray[Any]) -> None:
         pages.madvise(mmap.MADV_DONTNEED, low, high - low)
 
 
+def mapped(x: NDArray[Any]) -> bool:
+    """Whether x is a view of a memory-mapped file whose pages can be given back."""
+    return _mapping(x) is not None
+
+
 def _mapping(x: NDArray[Any]) -> mmap.mmap | None:
     """The shared file mapping that x is a view of."""
     base: Any = x

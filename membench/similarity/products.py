@@ -1,16 +1,15 @@
-"""Matrix products in the precision the machine is quickest at, with a bound of their error.
+"""Exact products of rows of 8-bit integers, in the number format the machine is quickest at.
 
-An engine stores rows of numbers, multiplies them, and returns values that can be compared in the
-order of the numbers: `float32`, or `bfloat16` on machines with matrix units (Intel AMX), where a
-product is five times as quick and its result, of half the size, is compared as 16-bit integers.
-Both add up in float32, rounding to nearest, in an order of their own. `bfloat16` is taken only if
-the machine has the units and passes `_adds_in_float32`.
+An engine stores rows of integers from -128 to 127 and multiplies them without any rounding: `int8`
+with 32-bit sums, where the CPU has instructions for it (AVX512-VNNI, AMX: some five times as quick
+as float32), or `float32`, whose sums of such integers are exact below 2^24 in any order. `int8` is
+taken only if the machine passes `_adds_up`: some multiply in 16 bits, which overflow.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,7 +19,10 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-_TRIAL = (1024, 2048, 256)  # rows, columns and terms of the product that is timed
+LARGEST = 2**7
+"""No stored integer is larger in magnitude."""
+
+_TRIAL = (256, 2048, 256)  # rows, columns and terms of the product that is timed
 
 
 def gamma(n: int) -> float:
@@ -33,97 +35,63 @@ class Float32:
     """Products by BLAS."""
 
     name = "float32"
-    rounding = 0.0  # relative error of a result, beyond that of its sum
-    parts = 1  # stored numbers that together hold a float32
     bytes = 4
     dtype = np.float32
+    limit = 2**24  # integers below it in magnitude are exact
+    never = 2**24 - 1  # above every rank and every limit
 
-    def store(self, x: NDArray[np.float32]) -> Any:
-        return x
+    def store(self, x: NDArray[np.int8]) -> Any:
+        return x.astype(np.float32)
 
-    def load(self, stored: Any) -> NDArray[np.float32]:
-        return np.asarray(stored)
-
-    def join(self, rows: Sequence[Any], axis: int = 0) -> Any:
-        return np.concatenate(rows, axis=axis)
-
-    def multiply(self, a: Any, b: Any) -> Any:
-        """a b^T of stored rows, stored."""
-        return np.matmul(a, b.T)
+    def empty(self, rows: int, terms: int) -> Any:
+        """Room for stored rows."""
+        return np.empty((rows, terms), np.float32)
 
     def product(self, a: Any, b: Any, out: Array) -> Array:
-        """a b^T of stored rows, comparable; `out` of `dtype` holds at least as many values."""
+        """a b^T of stored rows; `out` of `dtype` holds at least as many values."""
         product: Array = out[: len(a) * len(b)].reshape(len(a), len(b))
         return np.matmul(a, b.T, out=product)
 
-    def above(self, x: Array) -> Array:
-        """Comparable numbers that are not below x."""
-        return np.nextafter(x.astype(np.float32), np.float32(np.inf))
-
-    def below(self, x: Array) -> Array:
-        """Comparable numbers that are not above x; for x <= 0, none is smaller."""
-        down = np.nextafter(x.astype(np.float32), np.float32(-np.inf))
-        return np.where(x > 0, down, np.float32(-np.inf))
-
 
 @dataclass(frozen=True)
-class Bfloat16:
-    """Products by oneDNN in bfloat16; results are compared by their bits, negative ones as low."""
+class Int8:
+    """Products by oneDNN, through torch."""
 
-    name = "bfloat16"
-    rounding = 2.0**-9 * (1 + 2.0**-7)
-    parts = 3
-    bytes = 2
-    dtype = np.int16
+    name = "int8"
+    bytes = 1
+    dtype = np.int32
+    limit = 2**31
+    never = 2**31 - 1
 
-    def store(self, x: NDArray[np.float32]) -> Any:
+    def store(self, x: NDArray[np.int8]) -> Any:
         import torch
 
-        return torch.from_numpy(x).to(torch.bfloat16)
+        return torch.tensor(x)  # a copy: where one row has odd strides, _int_mm writes nothing
 
-    def load(self, stored: Any) -> NDArray[np.float32]:
-        loaded: NDArray[np.float32] = stored.float().numpy()
-        return loaded
-
-    def join(self, rows: Sequence[Any], axis: int = 0) -> Any:
+    def empty(self, rows: int, terms: int) -> Any:
         import torch
 
-        return torch.cat(list(rows), dim=axis)
-
-    def multiply(self, a: Any, b: Any) -> Any:
-        import torch
-
-        return torch.mm(a, b.T)
+        return torch.empty((rows, terms), dtype=torch.int8)
 
     def product(self, a: Any, b: Any, out: Array) -> Array:
         import torch
 
         product: Array = out[: len(a) * len(b)].reshape(len(a), len(b))
-        torch.mm(a, b.T, out=torch.from_numpy(product).view(torch.bfloat16))
+        torch.ops.aten._int_mm.out(a, b.T, out=torch.from_numpy(product))
         return product
 
-    def above(self, x: Array) -> Array:
-        """Of negative x, zero: whatever is negative compares as lower."""
-        up = np.nextafter(np.maximum(x, 0).astype(np.float32), np.float32(np.inf))
-        return np.minimum((up.view(np.uint32) + np.uint32(0xFFFF)) >> 16, 0x7F80).astype(np.int16)
 
-    def below(self, x: Array) -> Array:
-        down = np.nextafter(np.maximum(x, 0).astype(np.float32), np.float32(0))
-        bits = (down.view(np.uint32) >> 16).astype(np.int16)
-        return np.where(x > 0, bits, np.int16(-(2**15))).astype(np.int16)
+Engine = Float32 | Int8
 
 
-Engine = Float32 | Bfloat16
+def longest(engine: Engine) -> int:
+    """Terms of a product that may be added to half a squared norm without rounding."""
+    return engine.limit // (LARGEST**2 + LARGEST**2 // 2) - 1
 
 
-def split(x: NDArray[np.float64], engine: Engine) -> NDArray[np.float32]:
-    """[n, parts] of numbers that an engine stores exactly and whose sum is x, as in float32."""
-    parts, left = [], x
-    for _ in range(engine.parts):
-        part = engine.load(engine.store(left.astype(np.float32)))
-        parts.append(part)
-        left = left - part
-    return np.stack(parts, axis=1)
+def fits(engine: Engine, terms: int) -> bool:
+    """Whether rows of so many terms have exact products and ranks; of one, _int_mm writes none."""
+    return 2 <= terms <= longest(engine)
 
 
 @dataclass(frozen=True)
@@ -141,12 +109,18 @@ class Speed:
 def engines() -> dict[Engine, Speed]:
     """The engines that this machine can use, with their speeds; a few hundredths of a second."""
     able: list[Engine] = [Float32()]
-    if _has_matrix_units() and _adds_in_float32():
-        able.append(Bfloat16())
+    if _adds_up():
+        able.append(Int8())
     return {engine: _speed(engine) for engine in able}
 
 
-def seconds(run: Callable[[], Any], times: int = 3) -> float:
+def quickest() -> Engine:
+    """The engine whose products take least time on this machine."""
+    speeds = engines()
+    return min(speeds, key=lambda engine: speeds[engine].product)
+
+
+def seconds(run: Callable[[], Any], times: int = 2) -> float:
     """The least wall time of a few runs; the first, which warms up, does not count."""
     run()
     taken = []
@@ -160,28 +134,36 @@ def seconds(run: Callable[[], Any], times: int = 3) -> float:
 def _speed(engine: Engine) -> Speed:
     rows, columns, terms = _TRIAL
     rng = np.random.default_rng(0)
-    a, b = (engine.store(rng.random((n, terms), np.float32)) for n in (rows, columns))
+    a, b = (
+        engine.store(rng.integers(-LARGEST, LARGEST, (n, terms)).astype(np.int8))
+        for n in (rows, columns)
+    )
     out = np.empty(rows * columns, engine.dtype)
-    limit = engine.below(np.full((rows, 1), 1.0))  # holds nothing
-    product = seconds(lambda: engine.product(a, b, out))
+    half = np.zeros(columns, engine.dtype)
     found = out.reshape(rows, columns)
-    compared = seconds(lambda: np.flatnonzero(found < limit))
-    return Speed(product / (rows * columns * terms), compared / (rows * columns))
+
+    def compare() -> None:
+        np.flatnonzero(np.subtract(half, found, out=found) <= -engine.limit)  # holds nothing
+
+    product = seconds(lambda: engine.product(a, b, out))
+    return Speed(product / (rows * columns * terms), seconds(compare) / (rows * columns))
 
 
-def _has_matrix_units() -> bool:
+def _adds_up() -> bool:
+    """Whether products of the largest 8-bit integers are those of 32-bit arithmetic."""
     import torch
 
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(supported is not None and supported() and torch.backends.mkldnn.is_available())
-
-
-def _adds_in_float32() -> bool:
-    """Whether 4,096 terms that bfloat16 sums would lose add up as in float32."""
-    import torch
-
-    a = torch.ones((64, 4096), dtype=torch.bfloat16)
-    a[:, 1::2] = 2.0**-8  # exact as a number, lost when added to 1 in bfloat16
-    b = torch.ones_like(a)
-    b[:, 0::2] = torch.where(torch.arange(2048) % 2 == 0, 1.0, -1.0).to(torch.bfloat16)
-    return bool((torch.mm(a, b.T) == 2048 * 2.0**-8).all())
+    if not hasattr(torch.ops.aten, "_int_mm"):
+        return False
+    engine, rng = Int8(), np.random.default_rng(0)
+    for terms in (64, 257, 3072):
+        a, b = (rng.choice([-128, 127], (n, terms)).astype(np.int8) for n in (48, 80))
+        a[0], b[0] = -128, -128
+        a[1], b[1] = 127, -128
+        try:
+            found = engine.product(engine.store(a), engine.store(b), np.empty(48 * 80, np.int32))
+        except RuntimeError:  # not on this kind of CPU
+            return False
+        if not np.array_equal(found, a.astype(np.int32) @ b.T.astype(np.int32)):
+            return False
+    return True

@@ -1,7 +1,8 @@
 """k nearest neighbours by a sketch: a product filters, survivors are compared in full at once.
 
 The references are read once for as many queries as fit; each block of them is compared with blocks
-of queries, and every query's k-th distance so far limits what survives in the next block.
+of queries, and every query's k-th distance so far limits what survives. Where that leaves many, the
+likely nearest are compared first, so that their distances limit the others.
 """
 
 from __future__ import annotations
@@ -12,44 +13,51 @@ import numpy as np
 from numpy.typing import NDArray
 
 from membench.similarity.filter import Array, Candidates, refine
-from membench.similarity.pages import blocks
-from membench.similarity.sketch import Features, Sketch, SketchFilter
+from membench.similarity.index import Index
+from membench.similarity.pages import blocks, mapped, release
+from membench.similarity.sketch import Sketch, SketchFilter
 
 _SURVIVORS = 48  # working memory of a pair that survives
 _ROWS = 512  # queries that are compared with a block of references at a time
 _MOST = 2**16  # references of a block
+_LIKELY = 2  # likely nearest that are compared first, in multiples of k
+_MANY = 4  # survivors of a query, in multiples of k, that are too many to compare at once
+_FOLDS = 16
 
 
 def nearest_by_sketch(
     queries: Array,
-    reference: Array,
+    index: Index,
     k: int,
     sketch: Sketch,
     memory_bytes: int,
     progress: Callable[[int], None] | None,
 ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.int32]]]:
     """Squared distances [q, k] and indices [q, k] of blocks of queries; see `search.nearest`."""
-    group, q_rows, r_rows = shape(queries, reference, k, sketch, memory_bytes)
+    rows = index.rows
+    keep = mapped(rows) and rows.nbytes <= memory_bytes // 2  # rather than read it again and again
+    room = memory_bytes * 7 // 8 - (rows.nbytes if keep else 0)  # less what libraries take
+    group, q_rows, r_rows = shape(queries, index, k, sketch, room)
     out = np.empty(q_rows * r_rows, sketch.engine.dtype)
-    most_pairs = max(r_rows, memory_bytes // 4 // _SURVIVORS)
+    most_pairs = max(r_rows, room // 4 // _SURVIVORS)
     for _, block in blocks(queries, group):
         block = np.ascontiguousarray(block)  # mirrored images are a view
-        features = sketch.queries(block)
-        found = [_Nearest(block[rows], features[rows], k) for rows in _parts(len(block), q_rows)]
-        for start in range(0, len(reference), r_rows):
-            b = sketch.references(reference[start : start + r_rows])
-            for part in found:
-                part.compare(sketch, b, start, reference, out, most_pairs)
+        features = sketch.features(block)
+        found = _Nearest(block, rows, k, most_pairs, keep)
+        for start, references in index.blocks(sketch, r_rows, memory_bytes):
+            for first in range(0, len(block), q_rows):
+                part = slice(first, first + q_rows)
+                filter_ = SketchFilter(sketch, features[part], out)
+                found.compare(filter_, filter_.ranks(references), part, start)
+            found.settle()
             if progress is not None:
-                progress(len(block) * len(b.length))
-        yield (
-            np.concatenate([part.squared for part in found]),
-            np.concatenate([part.index for part in found]),
-        )
+                progress(len(block) * len(references))
+        yield found.squared, found.index
+    release(rows)
 
 
 def shape(
-    queries: Array, reference: Array, k: int, sketch: Sketch, memory_bytes: int
+    queries: Array, index: Index, k: int, sketch: Sketch, memory_bytes: int
 ) -> tuple[int, int, int]:
     """Queries whose state is held at a time, those compared at a time, references of a block.
 
@@ -57,65 +65,59 @@ def shape(
     quarter for the products, a quarter for survivors; the rest is for making features.
     """
     eighth = memory_bytes // 8
-    r_rows = max(1, min(len(reference), _MOST, eighth // sketch.row_bytes()))
-    q_rows = max(1, min(len(queries), _ROWS, 2 * eighth // (r_rows * (sketch.engine.bytes + 3))))
+    r_rows = max(1, min(len(index), _MOST, eighth // sketch.row_bytes()))
+    q_rows = max(1, min(len(queries), _ROWS, 2 * eighth // (r_rows * (4 + 3))))
     group = max(q_rows, min(len(queries), eighth // (sketch.row_bytes() + 12 * k)))
     return group, q_rows, r_rows
 
 
-def _parts(n: int, rows: int) -> list[slice]:
-    return [slice(start, min(n, start + rows)) for start in range(0, n, rows)]
-
-
 class _Nearest:
-    """The nearest references so far of one block of queries."""
+    """The nearest references so far of a group of queries, and pairs to be compared in full."""
 
-    def __init__(self, queries: Array, features: Features, k: int) -> None:
+    def __init__(self, queries: Array, reference: Array, k: int, most_pairs: int, keep: bool):
         self.queries = queries
-        self.features = features
+        self.reference = reference
         self.k = k
+        self.most_pairs = most_pairs
+        self.keep = keep
         self.squared = np.full((len(queries), k), np.inf)
         self.index = np.full((len(queries), k), -1, np.int32)
+        self.pending: list[Candidates] = []
 
-    def compare(
-        self,
-        sketch: Sketch,
-        references: Features,
-        start: int,
-        reference: Array,
-        out: Array,
-        most_pairs: int,
-    ) -> None:
-        """Takes a block of references, which begins at row `start`, into account."""
-        filter_ = SketchFilter(sketch, self.features, out)
-        rank = filter_.ranks_of(references)
-        seen = None
-        if np.isinf(self.squared[:, -1]).any() and rank.shape[1] > self.k:
-            # the k likely nearest first: their distances limit all others
-            seen = rank <= np.partition(rank, self.k - 1, axis=1)[:, self.k - 1 : self.k]
-            self._settle(seen, start, reference, most_pairs)
-        near = rank <= filter_.most(self.squared[:, -1])
-        if seen is not None:
-            near &= ~seen
-        self._settle(near, start, reference, most_pairs)
+    def compare(self, filter_: SketchFilter, rank: Array, part: slice, start: int) -> None:
+        """Takes ranks [q, r] of a part of the queries with the references from `start` on."""
+        near = rank <= filter_.most(self.squared[part, -1])
+        if np.count_nonzero(near) > _MANY * self.k * len(near):
+            near &= rank <= _least(rank, min(_LIKELY * self.k, rank.shape[1]))
+            for places in self._marked(near):
+                self._settle(_pairs(places, rank.shape[1], part.start, start))
+                rank.ravel()[places] = filter_.sketch.engine.never
+            near = rank <= filter_.most(self.squared[part, -1])
+        for places in self._marked(near):
+            if sum(map(len, self.pending)) + len(places) > self.most_pairs:
+                self.settle()
+            self.pending.append(_pairs(places, rank.shape[1], part.start, start))
 
-    def _settle(self, near: Array, start: int, reference: Array, most_pairs: int) -> None:
-        """Compares the marked pairs [Q, r] in full, as many at a time as fit."""
+    def settle(self) -> None:
+        """Compares the pending pairs in full."""
+        if self.pending:
+            found = Candidates.join(self.pending)
+            self.pending = []
+            self._settle(found)
+
+    def _marked(self, near: Array) -> Iterator[NDArray[np.int64]]:
+        """Positions of the marked pairs, no more at a time than fit, or than one query has."""
         rows = len(near)
-        if np.count_nonzero(near) > most_pairs:
-            rows = max(1, most_pairs // near.shape[1])
+        if np.count_nonzero(near) > self.most_pairs:
+            rows = max(1, self.most_pairs // near.shape[1])
         for first in range(0, len(near), rows):
-            part = slice(first, first + rows)
-            query, column = np.divmod(np.flatnonzero(near[part]), near.shape[1])
-            pairs = Candidates(
-                (query + first).astype(np.int32),
-                (column + start).astype(np.int32),
-                np.empty(0, np.float32),
-            )
-            squared = refine(pairs, self.queries, reference)
-            self._merge(pairs.query, pairs.index, squared, part)
+            yield np.flatnonzero(near[first : first + rows]) + first * near.shape[1]
 
-    def _merge(self, query: Array, index: Array, squared: Array, part: slice) -> None:
+    def _settle(self, found: Candidates) -> None:
+        squared = refine(found, self.queries, self.reference, keep=self.keep)
+        self._merge(found.query, found.index, squared)
+
+    def _merge(self, query: Array, index: Array, squared: Array) -> None:
         # of equal distances the lower index comes first: one that comes later in the reference
         # must be nearer, but one of the same block may precede what was found there
         of_use = squared <= self.squared[query, -1]
@@ -134,3 +136,23 @@ class _Nearest:
         query, place, order = query[chosen], place[chosen], order[chosen]
         self.squared[query, place] = squared[order]
         self.index[query, place] = index[order]
+
+
+def _pairs(places: NDArray[np.int64], columns: int, query: int, index: int) -> Candidates:
+    """Pairs by their places in a block [q, columns] that begins at a query and a reference."""
+    row, column = np.divmod(places, columns)
+    return Candidates(
+        (row + query).astype(np.int32), (column + index).astype(np.int32), np.empty(0, np.float32)
+    )
+
+
+def _least(rank: Array, n: int) -> Array:
+    """[Q, 1], such that at least n entries of each row, and not many more, are at most this.
+
+    Of a row folded into columns, the n-th smallest column minimum: each of n columns holds one.
+    """
+    folds = max(1, min(_FOLDS, rank.shape[1] // n))
+    columns = rank.shape[1] // folds
+    folded = rank[:, : folds * columns].reshape(len(rank), folds, columns).min(axis=1)
+    least: Array = np.partition(folded, n - 1, axis=1)[:, n - 1 : n]
+    return least

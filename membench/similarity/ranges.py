@@ -7,6 +7,7 @@ distances and a search by the same threshold agree on every pair, also on the ed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,21 +17,25 @@ from numpy.typing import ArrayLike, NDArray
 
 from membench.errors import MembenchError
 from membench.similarity.filter import (
+    MEMORY,
     Array,
     Candidates,
-    centre_of,
+    Filter,
     check_inputs,
     refine,
     sharpest,
     tile_rows,
     to_distance,
 )
+from membench.similarity.index import Index, Limits, choose
 from membench.similarity.pages import blocks, release
+from membench.similarity.sketch import Sketch, SketchFilter
 
 Pairs = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64]]
 """Query and reference indices and squared distances of pairs, each [P]."""
 
 _PAIR_BYTES = 80  # working memory of one pair of a tile, if every pair is within the radius
+_Q_ROWS = 2048  # queries of a block
 _SLACK = 2.0**-22  # more than the relative error of a float32 distance; _SMALLEST: the absolute one
 _SMALLEST = 2.0**-149
 _BEYOND = 1e37  # no squared distance of values that the search accepts is larger
@@ -38,10 +43,10 @@ _BEYOND = 1e37  # no squared distance of values that the search accepts is large
 
 def within(
     queries: Array,
-    reference: Array,
+    reference: Array | Index,
     radius: ArrayLike,
     *,
-    memory_bytes: int = 256 * 2**20,
+    memory_bytes: int = MEMORY,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Pairs]:
     """Every pair with distance <= radius, block by block: (query, index, squared distance).
@@ -56,35 +61,51 @@ def within(
     squared distance float64 [P], an integer of 8-bit units for uint8; sorted by query, then index.
     Raises MembenchError as `nearest` does, and for a radius that is NaN or of another shape.
     """
-    check_inputs(queries, reference)
-    each = _per_query(radius, len(queries), ())
-    tile = tile_rows(queries, reference, 0, memory_bytes, _PAIR_BYTES)
-    return _stream(np.asarray(queries), np.asarray(reference), each, tile, progress)
+    return within_sides([queries], reference, radius, memory_bytes, progress)[0]
+
+
+def within_sides(
+    sides: Sequence[Array],
+    reference: Array | Index,
+    radius: ArrayLike,
+    memory_bytes: int,
+    progress: Callable[[int], None] | None,
+) -> list[Iterator[Pairs]]:
+    """`within` for several versions of the same queries, block for block of the same pairs."""
+    index = Index.of(reference)
+    for side in sides:
+        check_inputs(side, index.rows)
+    sides = [np.asarray(side) for side in sides]
+    each = _per_query(radius, len(sides[0]), ())
+
+    def limits(rows: Array, squared: Array) -> list[tuple[Array, Array]]:
+        most, _ = _squared_bounds(each[rows], sides[0].dtype)
+        return [(most, np.full(len(most), -np.inf))]
+
+    scan = _Scan.of(index, sides, limits, memory_bytes // len(sides))
+    return [_stream(side, scan, each, progress) for side in sides]
 
 
 def _stream(
     queries: Array,
-    reference: Array,
+    scan: _Scan,
     radius: NDArray[np.float64],
-    tile: tuple[int, int],
     progress: Callable[[int], None] | None,
 ) -> Iterator[Pairs]:
-    q_rows, r_rows = tile
-    centre, patches = centre_of(reference)
-    patches = patches and queries.ndim == 4
-    for begin, block in blocks(queries, q_rows):
+    for begin, block in blocks(queries, scan.q_rows):
+        block = np.ascontiguousarray(block)  # mirrored images are a view
         edge = radius[begin : begin + len(block)]
         most, _ = _squared_bounds(edge, queries.dtype)
-        filter_ = sharpest(block, reference, centre, patches, r_rows, most)
-        for start, other in blocks(reference, r_rows):
+        filter_ = scan.filter(block, most)
+        for start, other in scan.blocks():
             rank = filter_.ranks(other)
             found = Candidates.where(rank <= filter_.most(most), rank, start)
-            squared = refine(found, block, reference)
+            squared = scan.squared(filter_, found, block, other, start)
             chosen = to_distance(squared, queries.dtype) <= edge[found.query]
             query = found.query[chosen] + np.int64(begin)
             release(block)
             if progress is not None:
-                progress(len(block) * 1 * len(other))
+                progress(len(block) * len(other))
             yield query, found.index[chosen], squared[chosen]
 
 
@@ -122,10 +143,10 @@ class Tally:
 
 def tally(
     queries: Array,
-    reference: Array,
+    reference: Array | Index,
     radii: ArrayLike,
     *,
-    memory_bytes: int = 256 * 2**20,
+    memory_bytes: int = MEMORY,
     progress: Callable[[int], None] | None = None,
 ) -> Tally:
     """Counts what `within` would stream for each of T radii, without ever holding the pairs.
@@ -139,64 +160,48 @@ def tally(
 
 def tally_nearest_side(
     sides: Sequence[Array],
-    reference: Array,
+    reference: Array | Index,
     radii: ArrayLike,
     memory_bytes: int,
     progress: Callable[[int], None] | None,
 ) -> Tally:
     """`tally` under the smallest distance of several versions of each query, [S] arrays of Q."""
+    index = Index.of(reference)
     for side in sides:
-        check_inputs(side, reference)
-    sides, reference = [np.asarray(side) for side in sides], np.asarray(reference)
+        check_inputs(side, index.rows)
+    sides = [np.asarray(side) for side in sides]
     n_queries, dtype = len(sides[0]), sides[0].dtype
     radius = np.asarray(radii, np.float64)
     if radius.ndim not in (1, 2):
         raise MembenchError(f"radii must be a list [T] or [T, Q], not of shape {radius.shape}")
     each = _per_query(radius, n_queries, radius.shape[:1])
-    count = np.zeros((len(each), len(reference)), np.int32)
-    total = np.zeros((len(each), len(reference)), np.int64)
-    q_rows, r_rows = tile_rows(sides[0], reference, 0, memory_bytes // len(sides), _PAIR_BYTES)
-    centre, patches = centre_of(reference)
-    patches = patches and sides[0].ndim == 4
+    count = np.zeros((len(each), len(index)), np.int32)
+    total = np.zeros((len(each), len(index)), np.int64)
 
-    for begin in range(0, n_queries, q_rows):
-        parts = [side[begin : begin + q_rows] for side in sides]
-        edges = each[:, begin : begin + q_rows]
+    def limits(rows: Array, squared: Array) -> list[tuple[Array, Array]]:
+        return [_squared_bounds(edge[rows], dtype) for edge in each]
+
+    scan = _Scan.of(index, sides, limits, memory_bytes // len(sides))
+    for begin in range(0, n_queries, scan.q_rows):
+        parts = [np.ascontiguousarray(side[begin : begin + scan.q_rows]) for side in sides]
+        edges = each[:, begin : begin + scan.q_rows]
         most, least = _squared_bounds(edges, dtype)
-        filters = [
-            sharpest(part, reference, centre, patches, r_rows, most.max(axis=0)) for part in parts
-        ]
-        # sums of at most 2,048 row numbers are below 2^24: exact in float32, in any order
-        rows = np.stack([np.ones(len(parts[0])), np.arange(len(parts[0]))]).astype(np.float32)
-        for start, block in blocks(reference, r_rows):
-            ranks = [filter_.ranks(block) for filter_ in filters]
-            here = slice(start, start + len(block))
-            unsure = np.zeros(ranks[0].shape, bool)
-            sure_rank = [[filter_.surely(least_t) for filter_ in filters] for least_t in least]
-            for t, most_t in enumerate(most):
-                near = _any_side(ranks, [filter_.most(most_t) for filter_ in filters])
-                if not near.any():
-                    continue
-                sure = _any_side(ranks, sure_rank[t])
-                unsure |= near ^ sure
-                n, row_sum = rows @ sure.astype(np.float32)
-                count[t, here] += n.astype(np.int32)
-                total[t, here] += row_sum.astype(np.int64) + begin * n.astype(np.int64)
-
-            found = Candidates.where(unsure, ranks[0], start)
-            distance = to_distance(
-                np.min([refine(found, part, reference) for part in parts], axis=0), dtype
-            )
+        filters = [scan.filter(part, most.max(axis=0)) for part in parts]
+        for start, block in scan.blocks():
+            found, sure, unsure = _place(filters, block, start, most, least)
             column = found.index - start
+            open_ = found[unsure]
+            squared = np.min([refine(open_, part, index.rows) for part in parts], axis=0)
+            distance = to_distance(squared, dtype)
+            here = slice(start, start + len(block))
             for t, edge in enumerate(edges):
-                counted = np.zeros(len(found), bool)
-                for rank, limit in zip(ranks, sure_rank[t], strict=True):
-                    counted |= rank[found.query, column] <= limit[found.query, 0]
-                new = ~counted & (distance <= edge[found.query])
-                n_new = np.bincount(column[new], minlength=len(block))
-                row_sum = np.bincount(column[new], found.query[new], minlength=len(block))
-                count[t, here] += n_new.astype(np.int32)
-                total[t, here] += row_sum.astype(np.int64) + begin * n_new
+                inside = sure[t]
+                inside[unsure] |= distance <= edge[open_.query]
+                n = np.bincount(column[inside], minlength=len(block))
+                # row numbers of a block add up to far less than 2^53: exact
+                row_sum = np.bincount(column[inside], found.query[inside], minlength=len(block))
+                count[t, here] += n.astype(np.int32)
+                total[t, here] += row_sum.astype(np.int64) + begin * n
             if progress is not None:
                 progress(len(parts[0]) * len(block) * len(sides))
         for part in parts:
@@ -204,8 +209,76 @@ def tally_nearest_side(
     return Tally(radius, count, total)
 
 
-def _any_side(ranks: list[NDArray[np.float32]], limits: list[NDArray[np.float32]]) -> Array:
-    """Whether any rank [Q, r] is at most its limit [Q, 1]."""
+def _place(
+    filters: Sequence[Filter | SketchFilter], block: Any, start: int, most: Array, least: Array
+) -> tuple[Candidates, list[Array], Array]:
+    """Pairs that may be within any of T radii on any side; which surely are within each radius
+    [T][P]; which of them the filters cannot place for some radius [P]."""
+    ranks = [filter_.ranks(block) for filter_ in filters]
+    near = _any_side(ranks, [filter_.most(most.max(axis=0)) for filter_ in filters])
+    found = Candidates.where(near, ranks[0], start)
+    held = [rank[found.query, found.index - start] for rank in ranks]
+    sure, unsure = [], np.zeros(len(found), bool)
+    for most_t, least_t in zip(most, least, strict=True):
+        surely = [filter_.surely(least_t)[found.query, 0] for filter_ in filters]
+        at_most = [filter_.most(most_t)[found.query, 0] for filter_ in filters]
+        sure.append(_any_side(held, surely))
+        unsure |= sure[-1] ^ _any_side(held, at_most)
+    return found, sure, unsure
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """How blocks of queries are compared with blocks of references: by a sketch or in full."""
+
+    index: Index
+    sketch: Sketch | None
+    q_rows: int
+    r_rows: int
+    memory_bytes: int
+
+    @classmethod
+    def of(cls, index: Index, sides: Sequence[Array], limits: Limits, memory_bytes: int) -> _Scan:
+        # half of the memory; the rest is for features and for making them
+        pairs = max(1, memory_bytes // 2 // _PAIR_BYTES)
+        q_rows = min(len(sides[0]), _Q_ROWS, math.isqrt(pairs))
+        r_rows = min(len(index), pairs // q_rows)
+        sketch = choose(index, sides[0], limits, memory_bytes, q_rows)
+        if sketch is None:
+            q_rows, r_rows = tile_rows(sides[0], index.rows, 0, memory_bytes, _PAIR_BYTES)
+        return cls(index, sketch, q_rows, r_rows, memory_bytes)
+
+    def blocks(self) -> Iterator[tuple[int, Any]]:
+        """(first row, block of references as `filter` wants them), front to back."""
+        if self.sketch is None:
+            return blocks(self.index.rows, self.r_rows)
+        return self.index.blocks(self.sketch, self.r_rows, self.memory_bytes)
+
+    def squared(
+        self,
+        filter_: Filter | SketchFilter,
+        found: Candidates,
+        queries: Array,
+        block: Any,
+        start: int,
+    ) -> NDArray[np.float64]:
+        """True squared distances of pairs of a block of references that begins at row `start`."""
+        if isinstance(filter_, SketchFilter) and filter_.sketch.exact:
+            return filter_.squared(found.rank, found.query, found.index - start, block)
+        return refine(found, queries, self.index.rows)
+
+    def filter(self, queries: Array, most: Array) -> Filter | SketchFilter:
+        """A filter for a block of queries and pairs within squared distances [Q]."""
+        index = self.index
+        if self.sketch is None:
+            patches = index.smooth and queries.ndim == 4
+            return sharpest(queries, index.rows, index.centre, patches, self.r_rows, most)
+        out = np.empty(len(queries) * self.r_rows, self.sketch.engine.dtype)
+        return SketchFilter(self.sketch, self.sketch.features(queries), out)
+
+
+def _any_side(ranks: Sequence[Array], limits: Sequence[Array]) -> Array:
+    """Whether any rank is at most its limit: ranks [Q, r] and limits [Q, 1], or both [P]."""
     near: Array = ranks[0] <= limits[0]
     for rank, limit in zip(ranks[1:], limits[1:], strict=True):
         near |= rank <= limit

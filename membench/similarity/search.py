@@ -1,7 +1,8 @@
 """Exact k nearest neighbours by L2, in blocks, within a stated memory bound.
 
-Float32 matrix products only *filter* (see `filter`); distances of the survivors are computed in
-integers, so the answer is that of brute force, whatever the machine, the BLAS and the block sizes.
+Matrix products only *filter*: of 8-bit sketches in large searches (see `sketch`), else of float32
+rows (see `filter`). Distances of the survivors are computed in integers (floats: in float64), so
+the answer is that of brute force, whatever the machine, the BLAS and the block sizes.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from numpy.typing import NDArray
 
 from membench.errors import MembenchError
 from membench.similarity.filter import (
+    MEMORY,
     PENDING,
     Array,
     Candidates,
     Filter,
-    centre_of,
     check_inputs,
     float32_above,
     refine,
@@ -28,9 +29,9 @@ from membench.similarity.filter import (
     tile_rows,
     to_distance,
 )
+from membench.similarity.index import Index, choose
 from membench.similarity.pages import blocks
 from membench.similarity.pruned import nearest_by_sketch
-from membench.similarity.sketch import choose
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,18 @@ class Neighbours:
 
 def nearest(
     queries: Array,
-    reference: Array,
+    reference: Array | Index,
     k: int = 50,
     *,
-    memory_bytes: int = 256 * 2**20,
+    memory_bytes: int = MEMORY,
     progress: Callable[[int], None] | None = None,
 ) -> Neighbours:
     """The exact k nearest references of every query by L2; k = N if there are only N < k.
 
     queries, reference: uint8 images [*, H, W, C] or [*, D], or descriptors [*, D] in float16,
     float32 or float64; arrays, or memory maps of any length, which are read block by block and
-    whose pages are given back, so that they need no memory of their own.
+    whose pages are given back, so that they need no memory of their own. An `Index` of the
+    reference lets several searches share what they prepare.
     memory_bytes: bound of the working memory (without the inputs and the result).
     progress: called after each block with the number of (query, reference) pairs it compared;
     they add up to Q * N.
@@ -91,7 +93,7 @@ def nearest(
 
 def nearest_blocks(
     queries: Array,
-    reference: Array,
+    reference: Array | Index,
     k: int,
     *,
     memory_bytes: int,
@@ -103,24 +105,35 @@ def nearest_blocks(
     """
     if k < 1:
         raise MembenchError(f"k must be at least 1, not {k}")
-    check_inputs(queries, reference)
-    queries, reference = np.asarray(queries), np.asarray(reference)  # a memory map stays one
-    k = min(k, len(reference))
-    q_rows, r_rows = tile_rows(queries, reference, k, memory_bytes)
-    centre, patches = centre_of(reference)
-    sketch = choose(queries, reference, centre, partial(_kth, k / len(reference)), memory_bytes)
+    index = Index.of(reference)
+    check_inputs(queries, index.rows)
+    queries, rows = np.asarray(queries), index.rows
+    k = min(k, len(rows))
+    q_rows, r_rows = tile_rows(queries, rows, k, memory_bytes)
+    sketch = choose(index, queries, partial(_kth, k / len(rows)), memory_bytes, len(queries))
     if sketch is not None:
-        yield from nearest_by_sketch(queries, reference, k, sketch, memory_bytes, progress)
+        yield from nearest_by_sketch(queries, index, k, sketch, memory_bytes, progress)
         return
-    patches = patches and queries.ndim == 4
+    patches = index.smooth and queries.ndim == 4
     for _, block in blocks(queries, q_rows):
-        yield _nearest_to_block(block, reference, k, centre, patches, r_rows, progress)
+        yield _nearest_to_block(block, rows, k, index.centre, patches, r_rows, progress)
 
 
 def _kth(share: float, rows: Array, squared: Array) -> list[tuple[Array, Array]]:
-    """What decides about neighbours: the distance within which that share of a sample lies."""
-    k = min(squared.shape[1], max(2, math.ceil(share * squared.shape[1])))
-    return [(np.partition(squared, k - 1, axis=1)[:, k - 1], np.full(len(squared), -np.inf))]
+    """What decides about neighbours: the distance within which that share of a sample lies.
+
+    Where that is less than two of it, guessed from how distances grow with their order.
+    """
+    n = squared.shape[1]
+    order, beyond = min(n, max(2, math.ceil(share * n))), min(n, 32)
+    ascending = np.sort(squared, axis=1)
+    kth = ascending[:, order - 1]
+    if share * n < order and order < beyond:
+        growth = np.log(ascending[:, beyond - 1] / np.maximum(kth, 1e-30)) / math.log(
+            beyond / order
+        )
+        kth = kth * (share * n / order) ** growth
+    return [(kth, np.full(len(squared), -np.inf))]
 
 
 def _nearest_to_block(

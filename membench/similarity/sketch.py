@@ -1,287 +1,252 @@
-"""Projection pruning: a few directions filter, in low precision, what must be compared in full.
+"""Projection pruning: a few directions, in 8-bit integers, filter what must be compared in full.
 
-**Features.** With a centre c and m directions as the rows of P, each image x is kept as
+**Features.** With a centre c, integer directions as the rows of P and sigma^2 no less than the
+largest eigenvalue of P P^T, let z = x - c and
 
-    f(x) = P (x - c)  rounded,        e_x >= |f(x) - P (x - c)|
+    r_x^2 = |z|^2 - |P z|^2 / sigma^2,        phi(x) = rho (P z / sigma, r_x) - shift
 
-P need not be the best basis, nor quite orthonormal. With lambda the eigenvalues of P P^T,
+r_x is the length of z under the matrix I - P^T P / sigma^2, which has no negative eigenvalue. So
 
-    |P z|^2 <= stretch |z|^2,         stretch = max(1, lambda_max)
-    |z|^2 <= |P z|^2 / lambda_min + |z_rest|^2
+    |phi(x) - phi(y)|^2  <=  rho^2 |x - y|^2  <=  |phi(x) - phi(y)|^2 + 4 rho^2 r_x r_y,
 
-where z_rest, what no direction sees of z = x - y, is no longer than r_x + r_y,
-r_x^2 = |x - c|^2 - |P (x - c)|^2 / lambda_max. Without P, f(x) = x - c and r = 0.
+whether P is the best basis or not, and orthonormal or not. An image is kept as the 8-bit integers
 
-**Errors.** e_x is measured where features are rounded and bounded where they are summed: the sum
-of D products errs by at most gamma(D) sqrt(m stretch) |x - c| (Cauchy-Schwarz; Higham 2002, 3.1).
-Let eta be the largest e_y / |y - c| of the references at hand. A pair within a distance s has
-|y - c| <= |x - c| + s, and so
+    f(x) = round(clip(phi(x))),      e_x >= |f(x) - clip(phi(x))|,      l_x >= |f(x) - phi(x)|
 
-    g = |f(x) - f(y)| <= T = sqrt(stretch) s + e_x + eta (|x - c| + s)
+As clipping to [-127, 127] brings no two points further apart, a pair within a distance s has
 
-**Products.** One matrix product gives g^2 / 2: to each row are appended its |f|^2 / 2, in as many
-parts as the precision needs, and ones for the other's. As |f(y)| <= |f(x)| + g, it errs by at most
-gamma(m + 8) (2 |f(x)| + g)^2 / 2 and, relatively, by the rounding of the result. So a pair within s
-is never above `most(s)`, and by the same bounds a pair below `surely(s)` is within s.
+    |f(x) - f(y)|  <=  rho s + e_x + e_y,
+
+and one with |f(x) - f(y)| <= rho (s^2 - 4 r_x r_y)^(1/2) - l_x - l_y is within s. The directions
+are turned at random within their span, so that all coordinates are of one size and 8 bits do for
+them. Without directions, phi(x) = rho z and r_x = 0; for 8-bit images f(x) = x - 128, exactly.
+
+**Ranks.** Products of 8-bit integers are exact (see `products`), and so is a pair's rank
+
+    rank = floor(|f(y)|^2 / 2) - f(x).f(y) = floor((|f(x) - f(y)|^2 - |f(x)|^2) / 2)  or 1/2 more
+
+**Errors.** P z is exact for 8-bit images. Else z is rounded to float32 once, and the sums err by at
+most gamma(D) |P|_F |z| (Cauchy-Schwarz; Higham 2002, 3.1). e_x and l_x are measured, and the bound
+of what made phi is added to them.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from membench.similarity.filter import (
-    Array,
-    Candidates,
-    evenly_spread,
-    flat_rows,
-    n_features,
-    refine,
-)
-from membench.similarity.pages import blocks, gather
-from membench.similarity.products import Engine, Float32, engines, gamma, seconds, split
+from membench.similarity.filter import Array, flat_rows, squared_to
+from membench.similarity.pages import blocks
+from membench.similarity.products import LARGEST, Engine, gamma
 
-WIDTHS = (64, 128, 256, 512)
-"""Candidates for the columns of features; the appended ones are among them."""
-
-WORTH = 2**36  # multiplications of a search from which on a sketch may pay
 _TINY = 2.0**-126
-_SAMPLE = 2048  # references that the directions are fitted to and tried on
-_TRIED = 128  # queries of the trial
-_CHUNK = 256  # rows whose features are made at a time
+_CHUNK = 512  # rows whose features are made at a time
 _RELATIVE = 1e-9  # more than the error of float64 sums and eigenvalues
+_ROUNDED = 2.0**-21  # more than the relative error of a few float32 operations
+_SPREAD = 3.0  # standard deviations of a coordinate that 8 bits hold; beyond, it is clipped
 
 
 @dataclass(frozen=True)
 class Features:
-    """Rows in the engine's format, and what is known of them.
+    """Rows in the engine's format, and what is known of them, in units of the features.
 
-    length: |x - c| [n]; size: |f(x)| [n]; error: e_x [n]; rest: r_x [n].
+    half: floor(|f|^2 / 2) [n]; size_squared: |f|^2 [n]; error: e_x [n]; lost: l_x [n];
+    rest: rho r_x [n].
     """
 
     stored: Any
-    length: NDArray[np.float64]
-    size: NDArray[np.float64]
+    half: Array
+    size_squared: NDArray[np.float64]
     error: NDArray[np.float64]
+    lost: NDArray[np.float64]
     rest: NDArray[np.float64]
 
-    def __getitem__(self, rows: slice) -> Features:
-        each = (self.length, self.size, self.error, self.rest)
-        return Features(self.stored[rows], *(x[rows] for x in each))
+    def __len__(self) -> int:
+        return len(self.half)
 
-    @classmethod
-    def join(cls, parts: list[Features], engine: Engine) -> Features:
-        if len(parts) == 1:
-            return parts[0]
-        names = ("length", "size", "error", "rest")
-        each = [np.concatenate([getattr(part, name) for part in parts]) for name in names]
-        return cls(engine.join([part.stored for part in parts]), *each)
+    def __getitem__(self, rows: slice) -> Features:
+        return Features(self.stored[rows], *(each[rows] for each in self.known()))
+
+    def known(self) -> list[Array]:
+        """Everything but the rows."""
+        return [self.half, self.size_squared, self.error, self.lost, self.rest]
 
 
 class Sketch:
-    """How rows become features: an engine, a centre [D] and directions [m, D] (None: all of x)."""
+    """How rows become features: an engine, a centre [D] and directions [m, D] (None: all of x).
 
-    def __init__(self, engine: Engine, centre: Array, directions: Array | None) -> None:
+    sample: rows [n, ...] of the reference, whose spread decides how features are scaled. Any
+    centre, directions and sample give valid bounds.
+    """
+
+    def __init__(
+        self, engine: Engine, centre: Array, sample: Array, directions: Array | None = None
+    ) -> None:
         self.engine = engine
         self.centre = centre.ravel()
-        self.m = self.centre.size if directions is None else len(directions)
-        self.stretch = self.least = 1.0
-        self.summing = 0.0  # |error of the summed P z| / |z|
-        self.directions = None
+        self.directions: NDArray[np.int8] | None = None
+        self.sigma = 1.0
+        d = self.m = self.width = self.centre.size
+        self.exact = directions is None and centre.dtype == np.uint8
         if directions is not None:
-            self.directions = engine.store(np.ascontiguousarray(directions, np.float32))
-            exact = engine.load(self.directions).astype(np.float64)
-            eigenvalues = np.linalg.eigvalsh(exact @ exact.T)
-            self.stretch = max(1.0, float(eigenvalues[-1]) * (1 + _RELATIVE))
-            self.least = float(eigenvalues[0]) * (1 - _RELATIVE)
-            largest = float(np.linalg.eigvalsh(np.abs(exact) @ np.abs(exact).T)[-1])
-            self.summing = gamma(self.centre.size) * (largest * (1 + _RELATIVE)) ** 0.5
-        self.width = self.m + 2 * engine.parts
-        self.gamma = gamma(self.width + 8)
-        self.floor = (self.m + 2) * self.centre.size * 4 * _TINY  # errors of what underflows
+            self.directions = _integers(_turned(directions))
+            wide = self.directions.astype(np.float64)
+            self.sigma = float(np.linalg.eigvalsh(wide @ wide.T)[-1]) ** 0.5 * (1 + _RELATIVE)
+            self.sigma = self.sigma or 1.0
+            self.m, self.width = len(directions), len(directions) + 1
+            self.summing = gamma(d) * float(np.linalg.norm(wide)) + 2.0**-24 * self.sigma
+            self.in_integers = centre.dtype == np.uint8 and d * LARGEST**2 < engine.limit
+            if self.in_integers:
+                self.stored = engine.store(self.directions)
+                self.offset = self.directions.astype(np.int64) @ (
+                    self.centre.astype(np.int64) - 128
+                )
+            else:
+                self.floats = self.directions.astype(np.float32)
+        self.mu = np.float32(1)  # what a coordinate is multiplied by, rho / sigma
+        self.shift = np.zeros(self.width)
+        if not self.exact:
+            made = np.concatenate([self._phi(block)[0] for _, block in blocks(sample, _CHUNK)])
+            spread = float(made[:, : self.m].var(axis=0).mean()) ** 0.5
+            if 1e-30 < spread < 1e30:
+                self.mu = np.float32((LARGEST - 1) / (_SPREAD * spread))
+            self.shift = made.mean(axis=0, dtype=np.float64) * float(self.mu)
+        self.rho = float(self.mu) * self.sigma
 
     def __str__(self) -> str:
         what = f"{self.m} values" if self.directions is None else f"{self.m} directions"
         return f"{what} in {self.engine.name}"
 
-    def queries(self, x: Array) -> Features:
-        return self._features(x, query=True)
-
-    def references(self, x: Array) -> Features:
-        return self._features(x, query=False)
+    def features(self, x: Array) -> Features:
+        """Features of rows [n, ...], made in pieces."""
+        make = self._values if self.exact else self._chunk
+        stored, known = self.engine.empty(len(x), self.width), []
+        for start, block in blocks(x, _CHUNK):
+            made = make(block)
+            stored[start : start + len(block)] = made.stored
+            known.append(made.known())
+        return Features(stored, *(np.concatenate(each) for each in zip(*known, strict=True)))
 
     def row_bytes(self) -> int:
         """Memory of one row of features."""
-        return self.width * self.engine.bytes + 4 * 8
+        return self.width * self.engine.bytes + 5 * 8
 
     def working_bytes(self) -> int:
         """Memory of making features, beside the result."""
-        return _CHUNK * (self.centre.size * 10 + self.width * 16) + self.m * self.centre.size * 4
+        return _CHUNK * (self.centre.size * 14 + self.width * 40) + self.m * self.centre.size * 5
 
-    def _features(self, x: Array, query: bool) -> Features:
-        made = [self._chunk(block, query) for _, block in blocks(x, _CHUNK)]
-        return Features.join(made, self.engine)
-
-    def _chunk(self, x: Array, query: bool) -> Features:
-        engine = self.engine
-        centred = self._centred(x)
-        length = np.sqrt(np.einsum("ij,ij->i", centred, centred).astype(np.float64))
-        length = length * (1 + 2 * gamma(self.centre.size)) + self.centre.size * _TINY**0.5
-        f = engine.store(centred)
-        error = np.zeros(len(x))  # integers of at most 8 bits are stored as they are
-        if x.dtype != np.uint8:
-            error = _norm(engine.load(f).astype(np.float64) - centred) + 2.0**-24 * length
-            error += self.centre.size * _TINY
-        if self.directions is not None:
-            f = engine.multiply(f, self.directions)
-        seen = engine.load(f).astype(np.float64)
-        size_squared = np.einsum("ij,ij->i", seen, seen)
-        size = np.sqrt(size_squared) * (1 + _RELATIVE)
-        rest = np.zeros(len(x))
-        if self.directions is not None:
-            error = self.stretch**0.5 * error + self.summing * (length + error)
-            error += engine.rounding * 1.01 * size + self.m * self.centre.size * _TINY
-            error *= 1 + _RELATIVE
-            least = np.maximum(0, size * (1 - 2 * _RELATIVE) - error)
-            rest = np.sqrt(np.maximum(0, length**2 - least**2 / self.stretch))
-        half = split(size_squared / 2, engine)
-        ones = np.ones_like(half)
-        if query:
-            added = np.concatenate([half, ones], axis=1)
-            stored = engine.join([-f, engine.store(added)], axis=1)
-        else:
-            added = np.concatenate([ones, half], axis=1)
-            stored = engine.join([f, engine.store(added)], axis=1)
-        return Features(stored, length, size, error, rest)
-
-    def _centred(self, x: Array) -> NDArray[np.float32]:
-        """x - c as float32 [n, D]: exact for uint8, else rounded once."""
+    def _values(self, x: Array) -> Features:
+        """The values of 8-bit images, less 128."""
         rows = flat_rows(x)
-        if x.dtype == np.uint8:
-            return np.subtract(rows, self.centre.astype(np.int16), dtype=np.int16).astype(
-                np.float32
-            )
-        return np.subtract(rows, self.centre, dtype=np.float64).astype(np.float32)
+        none = np.zeros(len(x))
+        return self._made(
+            _signed(rows), squared_to(rows, np.full_like(rows[0], 128)), none, none, none
+        )
 
+    def _chunk(self, x: Array) -> Features:
+        phi, error, rest = self._phi(x)
+        phi -= self.shift.astype(phi.dtype)
+        error += _ROUNDED * (_norm(phi) + 2 * float(np.linalg.norm(self.shift)))
+        clipped = phi.clip(1 - LARGEST, LARGEST - 1)
+        f = np.rint(clipped)
+        clipped -= f
+        phi -= f
+        return self._made(
+            f.astype(np.int8),
+            np.einsum("ij,ij->i", f, f, dtype=np.float64),
+            _norm(clipped) + error,
+            _norm(phi) + error,
+            rest,
+        )
 
-def _norm(x: Array) -> NDArray[np.float64]:
-    norm: NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", x, x))
-    return norm
+    def _made(
+        self, f: NDArray[np.int8], size_squared: Array, error: Array, lost: Array, rest: Array
+    ) -> Features:
+        half = (size_squared // 2).astype(self.engine.dtype)
+        return Features(self.engine.store(f), half, size_squared, error, lost, rest)
+
+    def _phi(self, x: Array) -> tuple[Array, NDArray[np.float64], NDArray[np.float64]]:
+        """phi(x) + shift [n, width]; bounds of its error [n], but for rounding; rho r_x [n]."""
+        rows, scale = flat_rows(x), float(self.mu)
+        length, seen, error = self._projected(rows)
+        phi = np.empty((len(x), self.width), seen.dtype)
+        np.multiply(seen, self.mu, out=phi[:, : self.m])
+        if self.directions is None:
+            return phi, error * scale, np.zeros(len(x))
+        seen_squared = np.einsum("ij,ij->i", seen, seen).astype(np.float64)
+        slack = gamma(self.m + 4) * seen_squared
+        slack += error * (2 * np.sqrt(seen_squared) + error)
+        slack = (slack / self.sigma**2 + _RELATIVE * length**2) * 1.01
+        rest = np.sqrt(np.maximum(0, length**2 - seen_squared / self.sigma**2))
+        off = np.sqrt(slack)
+        off = np.minimum(off, np.divide(slack, rest, out=off.copy(), where=rest > 0))
+        phi[:, self.m] = rest * (scale * self.sigma)
+        return phi, (error + off * self.sigma) * scale, (rest + off) * (scale * self.sigma)
+
+    def _projected(self, rows: Array) -> tuple[Array, Array, NDArray[np.float64]]:
+        """|z| [n]; P z (or z) [n, m]; a bound of the error of its rows [n]."""
+        if self.directions is not None and self.in_integers:
+            length = np.sqrt(squared_to(rows, self.centre))
+            out = np.empty(len(rows) * self.m, self.engine.dtype)
+            seen = self.engine.product(self.engine.store(_signed(rows)), self.stored, out)
+            seen -= self.offset.astype(seen.dtype)
+            return length, seen.astype(np.float32), np.zeros(len(rows))
+        z = np.subtract(rows, self.centre, dtype=np.float64)
+        length = np.sqrt(np.einsum("ij,ij->i", z, z))
+        narrow = z.astype(np.float32)
+        if self.directions is None:
+            error = 2.0**-24 * length + self.m * _TINY
+            return length, narrow.astype(np.float64), error
+        error = self.summing * length * 1.01 + self.m * self.centre.size * LARGEST * _TINY
+        return length, (narrow @ self.floats.T).astype(np.float64), error
 
 
 class SketchFilter:
-    """Comparable halves of g^2 of one block of queries with references, and their limits.
-
-    Takes the place of `filter.Filter` in a search: its ranks are only compared with its limits.
-    """
+    """Ranks of one block of queries, and their limits; takes the place of `filter.Filter`."""
 
     def __init__(self, sketch: Sketch, queries: Features, out: Array) -> None:
         self.sketch = sketch
         self.queries = queries
         self.out = out
-        self.largest = Extent()  # of the references so far
+        self.error = self.lost = self.rest = 0.0  # largest of the references so far
 
-    def ranks_of(self, references: Features) -> Array:
-        """Comparable halves of g^2 [Q, r]; they live until the next call."""
-        self.largest = self.largest.with_(references)
-        return self.sketch.engine.product(self.queries.stored, references.stored, self.out)
+    def ranks(self, references: Features) -> Array:
+        """Ranks [Q, r]; they live until the next call."""
+        self.error = max(self.error, float(references.error.max()))
+        self.lost = max(self.lost, float(references.lost.max()))
+        self.rest = max(self.rest, float(references.rest.max()))
+        rank = self.sketch.engine.product(self.queries.stored, references.stored, self.out)
+        return np.subtract(references.half, rank, out=rank)
 
     def most(self, squared: Array) -> Array:
-        """Whatever is within squared distances [Q] ranks at most this, [Q, 1]."""
-        q, sketch = self.queries, self.sketch
-        s = np.sqrt(np.where(np.isinf(squared), 0, np.maximum(squared, 0))) * (1 + _RELATIVE)
-        reach = sketch.stretch**0.5 * s + q.error + self.largest.relative * (q.length + s)
-        reach += sketch.floor
-        half = reach**2 / 2 + sketch.gamma * (2 * q.size + reach) ** 2 / 2
-        half = half * (1 + 2 * sketch.engine.rounding) * (1 + _RELATIVE) + sketch.width * 4 * _TINY
-        return sketch.engine.above(np.where(squared == np.inf, np.inf, half))[:, None]
+        """Whatever is within squared distances [Q] has at most this rank, [Q, 1]."""
+        s = np.sqrt(np.maximum(squared, 0)) * self.sketch.rho
+        reach = (s + self.queries.error + self.error) * (1 + _RELATIVE)
+        rank = (reach**2 - self.queries.size_squared) / 2
+        return self._limit(np.where(squared < 0, -np.inf, rank))
 
     def surely(self, squared: Array) -> Array:
-        """Whatever ranks below this, [Q, 1], is within squared distances [Q]."""
-        q, sketch, largest = self.queries, self.sketch, self.largest
-        seen = (squared - (q.rest + largest.rest) ** 2) * sketch.least * (1 - _RELATIVE)
-        reach = np.sqrt(np.maximum(0, seen)) - q.error - largest.error
-        half = np.maximum(0, reach) ** 2 / 2 - sketch.gamma * (q.size + largest.size) ** 2 / 2
-        half = half * (1 - 2 * sketch.engine.rounding) * (1 - _RELATIVE) - sketch.width * 4 * _TINY
-        return sketch.engine.below(half)[:, None]
+        """Whatever has at most this rank, [Q, 1], is within squared distances [Q]."""
+        q = self.queries
+        seen = self.sketch.rho**2 * squared * (1 - _RELATIVE) - 4 * q.rest * self.rest
+        reach = np.sqrt(np.maximum(seen, 0)) * (1 - _RELATIVE) - q.lost - self.lost
+        rank = (reach**2 - q.size_squared - 1.001) / 2  # 1 for the floor, the rest for rounding
+        return self._limit(np.where((seen >= 0) & (reach >= 0), rank, -np.inf))
 
+    def squared(
+        self, rank: Array, query: Array, column: Array, references: Features
+    ) -> NDArray[np.float64]:
+        """Squared distances of pairs with these ranks, by exact features."""
+        odd = references.size_squared[column] % 2  # what the rank leaves out
+        squared: NDArray[np.float64] = 2.0 * rank + self.queries.size_squared[query] + odd
+        return squared
 
-@dataclass(frozen=True)
-class Extent:
-    """The largest e_y / |y - c|, e_y, |f(y)| and r_y of some references."""
-
-    relative: float = 0.0
-    error: float = 0.0
-    size: float = 0.0
-    rest: float = 0.0
-
-    def with_(self, x: Features) -> Extent:
-        relative = np.divide(x.error, x.length, out=np.zeros(len(x.error)), where=x.length > 0)
-        return Extent(
-            max(self.relative, float(relative.max()) * (1 + _RELATIVE)),
-            max(self.error, float(x.error.max())),
-            max(self.size, float(x.size.max())),
-            max(self.rest, float(x.rest.max())),
-        )
-
-
-def choose(
-    queries: Array,
-    reference: Array,
-    centre: Array,
-    limits: Callable[[Array, Array], list[tuple[Array, Array]]],
-    memory_bytes: int,
-) -> Sketch | None:
-    """The sketch that is expected to make a search quickest; None where plain blocks are.
-
-    limits: of the rows of some queries, and of their squared distances [T, n] to an even sample of
-    the reference, the squared distances [T] that decide: (at most, surely within), one pair for
-    each radius. memory_bytes: of the search; None as well if a sketch would not fit into it.
-
-    Features are made and compared for the sample, and their speed and what they leave to compare
-    are measured. Whatever is chosen, the answer is the same.
-    """
-    n_queries, n, d = len(queries), len(reference), n_features(reference)
-    if n_queries * n * d < WORTH:
-        return None
-    rows = evenly_spread(n, _SAMPLE)
-    tried = evenly_spread(n_queries, _TRIED)
-    sample, asked = gather(reference, rows), gather(queries, tried)
-    exact = Sketch(Float32(), centre, None)
-    squared = _all_squared(exact, asked, sample)
-    asked_limits = limits(tried, squared)
-    per_pair = _seconds_per_pair(asked, sample)
-    plain = engines()[Float32()]
-    engine, speed = min(engines().items(), key=lambda item: item[1].product)
-
-    best, least = None, n_queries * n * (d * plain.product + plain.compared)
-    basis: Array | None = None
-    for width in (*WIDTHS, None):
-        m = d if width is None else width - 2 * engine.parts
-        fixed = n_queries * n * ((m + 2 * engine.parts) * speed.product + speed.compared)
-        if fixed > least or m > min(d, len(sample) / 2 if width else d):
-            continue
-        if width is None:
-            sketch = Sketch(engine, centre, None)
-        else:
-            if basis is None:
-                basis = principal_directions(sample, centre, min(WIDTHS[-1], d, len(sample) // 2))
-            sketch = Sketch(engine, centre, basis[:m])
-        if sketch.working_bytes() > memory_bytes // 4:
-            continue
-        start = time.perf_counter()
-        share = _unsure(sketch, asked, sample, asked_limits)
-        made = (time.perf_counter() - start) / (len(sample) + len(asked))
-        times = 1 if n * sketch.row_bytes() <= memory_bytes // 8 else -(-n_queries // 2048)
-        cost = fixed + made * (n_queries + n * times) + share * n_queries * n * per_pair
-        if cost < least:
-            best, least = sketch, cost
-    return best
+    def _limit(self, rank: Array) -> Array:
+        engine = self.sketch.engine
+        return np.floor(rank).clip(-engine.limit, engine.never - 1).astype(engine.dtype)[:, None]
 
 
 def principal_directions(sample: Array, centre: Array, m: int) -> NDArray[np.float32]:
@@ -304,32 +269,31 @@ def _orthonormal(basis: NDArray[np.float32]) -> NDArray[np.float32]:
     wide /= np.linalg.norm(wide, axis=0).max() or 1.0
     values, axes = np.linalg.eigh(wide.T @ wide)
     kept = values > 1e-12 * values[-1]
+    if not kept.any():  # rows that are all alike
+        return np.eye(len(basis), 1, dtype=np.float32)
     return (wide @ (axes[:, kept] / np.sqrt(values[kept]))).astype(np.float32)
 
 
-def _all_squared(sketch: Sketch, queries: Array, reference: Array) -> NDArray[np.float64]:
-    """All squared distances [Q, n], about."""
-    a, b = sketch.queries(queries), sketch.references(reference)
-    out = np.empty(len(queries) * len(reference), np.float32)
-    return np.maximum(0, 2 * sketch.engine.product(a.stored, b.stored, out).astype(np.float64))
+def _turned(directions: Array) -> Array:
+    """Other directions of the same span, none of which is a leading one."""
+    noise = np.random.default_rng(1).standard_normal((len(directions), len(directions)))
+    turned: Array = np.linalg.qr(noise)[0].astype(np.float32) @ directions
+    return turned
 
 
-def _unsure(
-    sketch: Sketch, queries: Array, reference: Array, limits: list[tuple[Array, Array]]
-) -> float:
-    """Share of pairs that the sketch leaves to compare in full."""
-    out = np.empty(len(queries) * len(reference), sketch.engine.dtype)
-    filter_ = SketchFilter(sketch, sketch.queries(queries), out)
-    rank = filter_.ranks_of(sketch.references(reference))
-    unsure = np.zeros(rank.shape, bool)
-    for most, surely in limits:
-        unsure |= (rank <= filter_.most(most)) ^ (rank < filter_.surely(surely))
-    return float(np.count_nonzero(unsure) / unsure.size)
+def _integers(directions: Array) -> NDArray[np.int8]:
+    """Directions, all times one number, as 8-bit integers."""
+    largest = float(np.abs(directions).max()) or 1.0
+    integers: NDArray[np.int8] = np.rint(directions * ((LARGEST - 1) / largest)).astype(np.int8)
+    return integers
 
 
-def _seconds_per_pair(queries: Array, reference: Array) -> float:
-    """Time to compare a pair in full."""
-    query = np.repeat(np.arange(len(queries), dtype=np.int32), 128)
-    index = np.arange(len(query), dtype=np.int32) * 7 % len(reference)
-    pairs = Candidates(query, index.astype(np.int32), np.zeros(len(query), np.float32))
-    return seconds(lambda: refine(pairs, queries, reference)) / len(pairs)
+def _signed(rows: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """rows - 128."""
+    return (rows ^ np.uint8(128)).view(np.int8)
+
+
+def _norm(x: Array) -> NDArray[np.float64]:
+    """Lengths of rows, not below the true ones."""
+    norm: NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", x, x).astype(np.float64))
+    return norm * (1 + gamma(x.shape[1] + 4))
