@@ -7,15 +7,12 @@ gradients enabled, as loops of one's own do, and once under `torch.no_grad`, as 
 own scripts do. DDIM's step is diffusers' scheduler in all of them.
 
 Each peer has a process of its own, as a user would run it: ours asks glibc to keep freed memory
-(`membench.allocator`), which would help the others in the same process. They take turns. No times
-are asserted; `extra_info` holds images per second and medians of ratios (> 1: ours is faster), by
-the clock and by CPU time, which other work on the machine disturbs less.
+(`membench.allocator`), which would help the others in the same process. No times are asserted.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -28,6 +25,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import Tensor, nn
+from turns import OURS, Timed, take_turns
 
 from membench.allocator import keep_freed_memory
 from membench.diffusion.arithmetic import Arithmetic
@@ -48,7 +46,9 @@ ARITHMETICS = {
     "compile": Arithmetic(compiled=True),
     "bfloat16-compile": Arithmetic("bfloat16", compiled=True),
 }
-PEERS = {False: ("diffusers",), True: ("grad_enabled", "no_grad")}
+DIFFUSERS = "diffusers' DDIMPipeline"
+NO_GRAD, GRAD = "plain loop, U-Net under no_grad", "plain loop, gradients enabled"
+PEERS = {False: (DIFFUSERS,), True: (NO_GRAD, GRAD)}
 
 
 def network() -> UNet2DModel:
@@ -112,26 +112,18 @@ def straight(unet_context: Callable[[], AbstractContextManager[Any]]) -> Callabl
     return draw
 
 
-Seconds = tuple[float, float]
-"""By the clock, and of CPU time."""
-
-
-def timed(draw: Callable[[], np.ndarray]) -> tuple[Seconds, np.ndarray]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    images = draw()
-    return (time.perf_counter() - wall, time.process_time() - cpu), images
-
-
 def serve(pipe: Connection, threads: int, peer: str) -> None:
-    """Draw images as `peer` does whenever asked; answer with `Seconds` and images."""
+    """Draw images as `peer` does whenever asked; answer with seconds of CPU time and images."""
     torch.set_num_threads(threads)
     draw = {
-        "diffusers": by_diffusers,
-        "grad_enabled": lambda: straight(nullcontext),
-        "no_grad": lambda: straight(torch.no_grad),
+        DIFFUSERS: by_diffusers,
+        NO_GRAD: lambda: straight(torch.no_grad),
+        GRAD: lambda: straight(nullcontext),
     }[peer]()
     while pipe.recv():
-        pipe.send(timed(draw))
+        started = time.process_time()
+        images = draw()
+        pipe.send((time.process_time() - started, images))
 
 
 @pytest.fixture
@@ -176,35 +168,23 @@ def ours(arithmetic: Arithmetic, guided: bool) -> Callable[[], np.ndarray]:
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 def test_sampling(benchmark: Any, peers: dict[str, Connection], guided: bool, name: str) -> None:
     """In float32 the images are the peers', which is asserted."""
-    draw = ours(ARITHMETICS[name], guided)
-    seconds: dict[str, list[Seconds]] = {who: [] for who in ("ours", *peers)}
 
-    def ask(peer: str) -> np.ndarray:
-        peers[peer].send(True)
-        taken, images = peers[peer].recv()
-        seconds[peer].append(taken)
-        return images
+    def asks(peer: str) -> Callable[[], Timed]:
+        def ask() -> Timed:
+            peers[peer].send(True)
+            return Timed(*peers[peer].recv())
 
-    images = draw()
-    for peer in peers:
-        found = ask(peer)
-        if ARITHMETICS[name].precision == "float32":
-            # rounding only: our schedule is float64, theirs float32, and an untrained U-Net
-            # amplifies it
-            np.testing.assert_allclose(images, found, atol=2e-3)
-        seconds[peer].clear()
+        return ask
 
-    def others() -> None:
+    kind = "guided" if guided else "plain"
+    images = take_turns(
+        benchmark,
+        f"{kind} sampling of {BATCH} images in {STEPS} steps, {name}",
+        ours(ARITHMETICS[name], guided),
+        {peer: asks(peer) for peer in peers},
+        rounds=ROUNDS,
+    )
+    if ARITHMETICS[name].precision == "float32":
+        # rounding only, of a float64 schedule and a float32 one; an untrained U-Net amplifies it
         for peer in peers:
-            ask(peer)
-
-    benchmark.pedantic(lambda: seconds["ours"].append(timed(draw)[0]), setup=others, rounds=ROUNDS)
-    for i, clock in enumerate(("wall", "cpu")):
-        mine = [taken[i] for taken in seconds["ours"]]
-        for who, taken in seconds.items():
-            theirs = [one[i] for one in taken]
-            benchmark.extra_info[f"{clock} {who}, images/s"] = BATCH / statistics.median(theirs)
-            if who != "ours":
-                ratio = statistics.median(a / b for a, b in zip(theirs, mine, strict=True))
-                benchmark.extra_info[f"{clock} ratio to {who}"] = ratio
-    print({key: round(value, 2) for key, value in benchmark.extra_info.items()})
+            np.testing.assert_allclose(images[OURS], images[peer], atol=2e-3)
