@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python -m pytest tests/benchmarks/test_search.py -s
 
 2,000 queries (or MEMBENCH_QUERIES) against 50,000 x 3,072 uint8 pixels in a memory map, 50
-neighbours: real CIFAR-10 from `../shared/data/cifar10_jpg32.zip`, or random vectors where that file
-is missing. The contenders (MEMBENCH_PEERS: some of their names) take turns within each round, so
-that other load on the machine hits all alike, and CPU time is counted (of all threads). The medians
-of the ratios land in `extra_info` and in the output; no time is asserted, but the neighbours must
-be the same.
+neighbours: real CIFAR-10 from `cifar10_jpg32.zip` in MEMBENCH_TEST_DATA (or `../shared/data`), or
+random vectors where that file is missing. The contenders (MEMBENCH_PEERS: some of their names) take
+turns within each round, so that other load on the machine hits all alike, and CPU time is counted
+(of all threads). The medians of the ratios land in `extra_info` and in the output; no time is
+asserted, but the neighbours must be the same.
 
 `ours` fits directions to the reference, tries them and makes its features in every round;
 `ours_indexed` has an `Index` that did so before. What the first search of a process needs on top
@@ -32,7 +32,8 @@ from membench.similarity import Index, nearest
 faiss = pytest.importorskip("faiss")
 neighbors = pytest.importorskip("sklearn.neighbors")
 
-ARCHIVE = Path(__file__).parents[3] / "shared" / "data" / "cifar10_jpg32.zip"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+ARCHIVE = Path(os.environ.get("MEMBENCH_TEST_DATA", SHARED)) / "cifar10_jpg32.zip"
 QUERIES = int(os.environ.get("MEMBENCH_QUERIES", "2000"))
 PEERS = os.environ.get("MEMBENCH_PEERS", "cdist_topk,faiss,faiss_search,sklearn,gemm").split(",")
 REFERENCE, PIXELS, K = 50_000, (32, 32, 3), 50
