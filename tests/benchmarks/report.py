@@ -50,20 +50,21 @@ def ratios(saved: Mapping[str, Any]) -> tuple[list[Ratio], list[str]]:
         if "ratios" not in extra:
             without.append(benchmark["name"])
             continue
-        seconds = extra["seconds"]
+        seconds, ways = extra["seconds"], {"ours": extra["ratios"], **extra.get("more", {})}
         found += [
             Ratio(
-                extra["what"],
+                extra["what"] if way == "ours" else f"{extra['what']}, {way}",
                 peer,
                 **quartiles,
-                ours_seconds=statistics.median(seconds["ours"]),
+                ours_seconds=statistics.median(seconds[way]),
                 peer_seconds=statistics.median(seconds[peer]),
                 rounds=len(seconds[peer]),
                 threads=extra["threads"],
                 clock=extra["clock"],
                 load=extra["load"],
             )
-            for peer, quartiles in extra["ratios"].items()
+            for way, against in ways.items()
+            for peer, quartiles in against.items()
         ]
     return found, without
 

@@ -3,22 +3,17 @@
     OMP_NUM_THREADS=1 python -m pytest tests/benchmarks/test_search.py -s
 
 2,000 queries (or MEMBENCH_QUERIES) against 50,000 x 3,072 uint8 pixels in a memory map, 50
-neighbours: real CIFAR-10 from `../shared/data/cifar10_jpg32.zip`, or random vectors where that file
-is missing. The contenders (MEMBENCH_PEERS: some of their names) take turns within each round, so
-that other load on the machine hits all alike, and CPU time is counted (of all threads). The medians
-of the ratios land in `extra_info` and in the output; no time is asserted, but the neighbours must
-be the same.
+neighbours: real CIFAR-10 from `cifar10_jpg32.zip` in MEMBENCH_TEST_DATA (or `../shared/data`), or
+random vectors where that file is missing. No time is asserted, but the neighbours must be the same.
 
-`ours` fits directions to the reference, tries them and makes its features in every round;
-`ours_indexed` has an `Index` that did so before. What the first search of a process needs on top
-(timing the engines, compiling) is `seconds_first`. `faiss` is timed from the memory map, as ours
-is, and, as `faiss_search`, without filling its index (which holds all of the data as float32).
+Ours fits directions to the reference, tries them and makes its features in every round; with an
+`Index` it did so before. What the first search of a process needs on top (timing the engines,
+compiling) is in neither. faiss is timed from the memory map, as ours is, and without filling its
+index, which holds all of the data as float32. The matrix product is no search at all.
 """
 
 import io
 import os
-import statistics
-import time
 import zipfile
 from pathlib import Path
 
@@ -26,15 +21,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from turns import OURS, take_turns
 
 from membench.similarity import Index, nearest
 
 faiss = pytest.importorskip("faiss")
 neighbors = pytest.importorskip("sklearn.neighbors")
 
-ARCHIVE = Path(__file__).parents[3] / "shared" / "data" / "cifar10_jpg32.zip"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+ARCHIVE = Path(os.environ.get("MEMBENCH_TEST_DATA", SHARED)) / "cifar10_jpg32.zip"
 QUERIES = int(os.environ.get("MEMBENCH_QUERIES", "2000"))
-PEERS = os.environ.get("MEMBENCH_PEERS", "cdist_topk,faiss,faiss_search,sklearn,gemm").split(",")
+GEMM = "a matrix product of that size alone"
 REFERENCE, PIXELS, K = 50_000, (32, 32, 3), 50
 ROUNDS = 5
 
@@ -73,19 +70,25 @@ def unit(x):
     return rows
 
 
-@pytest.mark.benchmark(timer=time.process_time)
-def test_search(benchmark, data):
-    name, queries, reference = data
-    start = time.process_time()
-    nearest(queries, reference, K)
-    first = time.process_time() - start
-
+@pytest.fixture(scope="module")
+def filled(data):
+    """Queries and reference in [0, 1], an index of faiss that holds them, and one of ours."""
+    _, queries, reference = data
     a, b = unit(queries), unit(reference)
-    product = np.empty((len(a), len(b)), np.float32)
     full = faiss.IndexFlatL2(b.shape[1])
     full.add(b)
     index = Index(reference)
-    nearest(queries, index, K)
+    nearest(queries, index, K)  # it prepares itself when it is first asked
+    return a, b, full, index
+
+
+WITH_INDEX = "with an Index"
+
+
+def test_search(benchmark, data, filled):
+    name, queries, reference = data
+    a, b, full, index = filled
+    product = np.empty((len(a), len(b)), np.float32)
 
     def cdist():
         x, y = torch.from_numpy(unit(queries)), torch.from_numpy(unit(reference))
@@ -100,51 +103,21 @@ def test_search(benchmark, data):
         return neighbors.NearestNeighbors(n_neighbors=K, algorithm="brute").fit(b).kneighbors(a)[1]
 
     peers = {
-        "cdist_topk": cdist,
-        "faiss": flat,
-        "faiss_search": lambda: full.search(a, K)[1],
-        "sklearn": brute,
-        "gemm": lambda: np.matmul(a, b.T, out=product),
+        "faiss.IndexFlatL2, filled and searched": flat,
+        "faiss.IndexFlatL2, searched": lambda: full.search(a, K)[1],
+        GEMM: lambda: np.matmul(a, b.T, out=product),
+        "torch.cdist + topk": cdist,
+        "scikit-learn, brute force": brute,
     }
-    contenders = {key: peers[key] for key in PEERS}
-    contenders["ours_indexed"] = lambda: nearest(queries, index, K).index
-    seconds = {key: [] for key in ("ours", *contenders)}
-    found = {}
-
-    def timed(key, run):
-        start = time.process_time()
-        found[key] = run()
-        seconds[key].append(time.process_time() - start)
-
-    def others():
-        for key, run in contenders.items():
-            timed(key, run)
-
-    benchmark.pedantic(
-        lambda: timed("ours", lambda: nearest(queries, reference, K)),
-        setup=others,
+    found = take_turns(
+        benchmark,
+        f"{K} nearest of {len(b):,} {name} images for {len(a):,} queries",
+        lambda: nearest(queries, reference, K).index,
+        peers,
+        more={WITH_INDEX: lambda: nearest(queries, index, K).index},
         rounds=ROUNDS,
     )
-
-    def ratios(mine):
-        return {
-            f"{key}/{mine}": statistics.median(
-                theirs / ours for theirs, ours in zip(seconds[key], seconds[mine], strict=True)
-            )
-            for key in PEERS
-        }
-
-    info = {
-        "data": name,
-        "queries": len(queries),
-        "threads": torch.get_num_threads(),
-        **ratios("ours"),
-        **ratios("ours_indexed"),
-        **{f"seconds_{key}": statistics.median(times) for key, times in seconds.items()},
-        "seconds_first": first,
-    }
-    benchmark.extra_info.update(info)
-    print("\n" + "\n".join(f"{key}: {value}" for key, value in info.items()))
+    del found[GEMM]
     assert_same_neighbours(queries, reference, found)
 
 
@@ -154,11 +127,11 @@ def assert_same_neighbours(queries, reference, found):
     for i, query in enumerate(pixels[0]):
         squared = ((pixels[1] - query) ** 2).sum(axis=1)
         exact = np.argsort(squared, kind="stable")[:K]
-        np.testing.assert_array_equal(found["ours"].index[i], exact)
-    np.testing.assert_array_equal(found["ours_indexed"], found["ours"].index)
-    for key in set(found) - {"ours", "ours_indexed", "gemm"}:
+        np.testing.assert_array_equal(found[OURS][i], exact)
+    np.testing.assert_array_equal(found[WITH_INDEX], found[OURS])
+    for key in set(found) - {OURS, WITH_INDEX}:
         for row, theirs in enumerate(found[key]):
-            ours = found["ours"].index[row]
+            ours = found[OURS][row]
             distance = [
                 np.sort(((pixel_rows(reference, j) - pixel_rows(queries, [row])) ** 2).sum(axis=1))
                 for j in (ours, theirs)

@@ -18,6 +18,7 @@ In each round every contender runs once; the ratio of a round is the peer's seco
     load      average of the last minute when it began
     seconds   {contender: [of each round]}, "ours" among them
     ratios    {peer: {"median", "lower", "upper"}}, of the rounds; lower and upper quartile
+    more      {way: ratios} of further ways of ours against the same peers
 """
 
 from __future__ import annotations
@@ -47,12 +48,14 @@ def take_turns(
     ours: Callable[[], Any],
     peers: Mapping[str, Callable[[], Any]],
     *,
+    more: Mapping[str, Callable[[], Any]] | None = None,
     rounds: int = 5,
     clock: Literal["CPU", "wall"] = "CPU",
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Runs all contenders once to warm up, then `rounds` times; what each returned last.
 
+    more: further ways of ours, such as with something prepared, which take turns as well.
     threads: that contenders may use, if torch does not know better. A contender that returns
     `Timed` is taken at its word. With `--benchmark-disable` each runs once, and there are no
     ratios.
@@ -60,7 +63,8 @@ def take_turns(
     import torch
 
     load = os.getloadavg()[0]
-    contenders = {OURS: ours, **peers}
+    more = more or {}
+    contenders = {OURS: ours, **more, **peers}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     found: dict[str, Any] = {}
 
@@ -74,7 +78,7 @@ def take_turns(
         found[name] = value
 
     def others() -> None:
-        for name in peers:
+        for name in (*more, *peers):
             turn(name)
 
     benchmark.pedantic(lambda: turn(OURS), setup=others, rounds=rounds, warmup_rounds=1)
@@ -88,8 +92,11 @@ def take_turns(
         "load": load,
         "seconds": seconds,
         "ratios": {name: ratio(seconds[name], seconds[OURS]) for name in peers},
+        "more": {way: {name: ratio(seconds[name], seconds[way]) for name in peers} for way in more},
     }
     print(f"\n{what}: {benchmark.extra_info['ratios']}")
+    for way, ratios in benchmark.extra_info["more"].items():
+        print(f"{way}: {ratios}")
     return found
 
 
