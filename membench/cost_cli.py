@@ -42,7 +42,7 @@ def cost(
 
     By a model (`membench/similarity/cost.py`). Seconds on a GPU follow from its data sheet's peaks:
     a lower bound. Held is what lies in memory if only queries are streamed; the search of membench
-    runs on the CPU and streams references too, within 256 MiB.
+    runs on the CPU and streams references too, within 512 MiB.
 
     Example: `membench cost --queries 1000000 --references 1281167 --dimensions 512`
 
