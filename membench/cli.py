@@ -175,6 +175,10 @@ def run(
     flips: Flips = False,
     dedup_reference: Dedup = False,
     device: Device = "auto",
+    search_on: Annotated[
+        str | None,
+        typer.Option(help="GPUs that filter the search, as in cuda:0,cuda:1 [default: the CPU]"),
+    ] = None,
     descriptor_weights: DescriptorWeights = None,
     results: Results = Path("results"),
     data: Data = None,
@@ -225,6 +229,7 @@ def run(
         device=device,
         descriptor_weights=descriptor_weights,
         similarity=similarity,
+        search_on=tuple(search_on.split(",")) if search_on else (),
     )
     if dry_run:
         stages = [{"stage": s.stage, "cached": s.cached} | vars(s.work) for s in cell.plan()]

@@ -114,7 +114,7 @@ class Lab:
     seed: of the attack's own parts (synthetic set, classifiers, clusters), shared by all run seeds.
     similarity: how images are compared, the card's if None.
     registry: where descriptors are found by name. descriptor_weights: the user's file, for those
-    that need one.
+    that need one. search_on: GPUs that filter the exact search; no result depends on them.
     """
 
     dataset: Dataset
@@ -126,6 +126,7 @@ class Lab:
     registry: Registry = field(default_factory=Registry)
     descriptor_weights: Path | None = None
     similarity: Similarity | None = None
+    search_on: tuple[str, ...] = ()
 
     # -- images ---------------------------------------------------------------------------------
 
@@ -533,7 +534,9 @@ class Lab:
     def matcher(self) -> Matcher:
         """What compares this lab's images with its data set."""
         similarity = self.similarity or self.dataset.card.similarity
-        return Matcher(self.dataset, similarity, self.store, self.progress, self.describer)
+        return Matcher(
+            self.dataset, similarity, self.store, self.progress, self.describer, self.search_on
+        )
 
     # -- help -----------------------------------------------------------------------------------
 

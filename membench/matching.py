@@ -75,13 +75,17 @@ class Facts:
 
 @dataclass(frozen=True)
 class Matcher:
-    """A data set, a similarity (the card's or another), and where results are kept."""
+    """A data set, a similarity (the card's or another), and where results are kept.
+
+    search_on: GPUs that filter the exact search (`membench.similarity.Index`).
+    """
 
     dataset: Dataset
     similarity: Similarity
     store: Store
     progress: Progress
     describer: Describer
+    search_on: tuple[str, ...] = ()
 
     @property
     def measure(self) -> Measure:
@@ -210,6 +214,7 @@ class Matcher:
                     mirrored=mirrored,
                     widest=widest,
                     bands=bands,
+                    search_on=self.search_on,
                 )
             found.save(folder / MATCHES)
 

@@ -33,6 +33,7 @@ from membench.registry import Registry
 from membench.report import table
 from membench.report.contact_sheet import contact_sheet
 from membench.scoring import calibrate_from, incidence, null_facts, per_image, score_all
+from membench.similarity.devices import check_devices
 from membench.similarity.matches import Matches
 from membench.specs import DataCard, RunSpec, Sampling, Similarity, explain
 from membench.store import Artifact, Stage, Store
@@ -170,13 +171,15 @@ def prepare(
     device: str = "auto",
     descriptor_weights: Path | None = None,
     similarity: Similarity | None = None,
+    search_on: tuple[str, ...] = (),
     here: bool = True,
     loaded: Loaded | None = None,
 ) -> Cell:
     """Resolve names and defaults into a cell; nothing is computed or written yet.
 
     here: False only describes the cell for a `device` that another machine has; what needs none
-    (matches of pixels, the record) can be computed. loaded: what other cells have opened.
+    (matches of pixels, the record) can be computed. search_on: GPUs that filter the exact search.
+    loaded: what other cells have opened.
     """
     plugin = registry.method(method)
     loaded = loaded or Loaded()
@@ -216,12 +219,22 @@ def prepare(
     except ValueError as error:
         raise MembenchError(f"--steps: {error}") from None
     computed(model, Arithmetic(sampling.precision, sampling.compile))  # or it says why not
+    check_devices(search_on)
     if sampling.compile and here:
         check_compiler(spec.device)
 
     store, seed = Store(results), spec.attack_seed
     lab = Lab(
-        data, model, store, progress, spec.device, seed, registry, descriptor_weights, similarity
+        data,
+        model,
+        store,
+        progress,
+        spec.device,
+        seed,
+        registry,
+        descriptor_weights,
+        similarity,
+        search_on,
     )
     return build_cell(spec, plugin, lab)
 

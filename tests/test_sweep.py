@@ -685,6 +685,13 @@ def test_too_much_is_refused_before_anything_starts(tmp_path: Path) -> None:
         go(made(file, tmp_path / "results"), Local())
 
 
+def test_gpus_that_matches_ask_for_filter_its_search(tmp_path: Path) -> None:
+    file = write_file(tmp_path, resources={"default": {"gpus": 1}, "matches": {"gpus": 2}})
+    tasks = {task.stage: task for task in planned(file, tmp_path / "results")[0].tasks}
+    assert worker.search_on(tasks["matches"]) == ("cuda:0", "cuda:1")
+    assert worker.search_on(tasks["images"]) == ()
+
+
 def test_memory_is_shared_out(tmp_path: Path) -> None:
     """Tasks that would not fit beside each other follow each other."""
     resources = {"default": {"memory": 0.6 * memory()}}

@@ -44,7 +44,7 @@ from membench.similarity.pairs import LONGEST, Kernel, compiled, compiled_for_fl
 
 Array = NDArray[Any]
 
-_U = 2.0**-24  # unit roundoff of float32
+U = 2.0**-24  # unit roundoff of float32
 _TINY = 2.0**-126  # bound of the error of one product that underflows
 _LARGEST = 1e15  # descriptors beyond this overflow when squared in float32
 MEMORY = 512 * 2**20
@@ -121,7 +121,7 @@ class Filter:
         self.b_norm = 0.0  # largest |b| so far
         self.products: NDArray[np.float32] = np.empty((len(a), r_rows), np.float32)
         n = a.shape[1] + 4
-        self.gamma = n * _U / (1 - n * _U)
+        self.gamma = n * U / (1 - n * U)
 
     def ranks(self, block: Array) -> NDArray[np.float32]:
         """Computed ranks [Q, r]; they live until the next call."""
@@ -135,12 +135,8 @@ class Filter:
 
     def margin(self) -> Array:
         """Bound of the error of every rank computed so far [Q]."""
-        b_norm = self.b_norm
-        margin: Array = self.gamma * (self.a_norm * b_norm + b_norm**2 / 2)
-        if not self.exact_input:
-            margin = margin + 2 * _U * (self.a_norm + b_norm) ** 2
-            margin += self.minus_a.shape[1] * _TINY
-        return margin
+        features = self.minus_a.shape[1]
+        return margin_of(self.a_norm, self.b_norm, features, exact=self.exact_input)
 
     def rank_of(self, squared: Array, query: Array | slice = slice(None)) -> Array:
         """The largest true rank within squared distances, of the given queries."""
@@ -169,6 +165,19 @@ class Filter:
         else:
             features = np.subtract(rows, centre, dtype=np.float64).astype(np.float32)
         return features
+
+
+def margin_of(a_norm: Array, b_norm: float, features: int, *, exact: bool) -> Array:
+    """Bound of the error of ranks computed in float32, for |a| [Q] and the largest |b|.
+
+    exact: whether a and b are, as of 8-bit images; else they were rounded once.
+    """
+    n = features + 4
+    margin: Array = n * U / (1 - n * U) * (a_norm * b_norm + b_norm**2 / 2)
+    if not exact:
+        margin = margin + 2 * U * (a_norm + b_norm) ** 2
+        margin += features * _TINY
+    return margin
 
 
 def sharpest(

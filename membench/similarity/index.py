@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -43,12 +43,14 @@ Limits = Callable[[Array, Array], list[tuple[Array, Array]]]
 class Index:
     """References [N, ...], and what searches of them share.
 
-    rows: as for `nearest`, where an index may stand in place of the array. It holds on to the
+    rows: as for `nearest`, where an index may stand in place of the array. devices: as torch names
+    them, on which neighbours (not bands) are filtered; none: the CPU's own way. It holds on to the
     features that a search made if they fit into an eighth of that search's memory_bytes.
     """
 
-    def __init__(self, rows: Array) -> None:
+    def __init__(self, rows: Array, devices: Sequence[str] = ()) -> None:
         self.rows = np.asarray(rows) if isinstance(rows, np.ndarray) else rows  # a map stays one
+        self.devices = tuple(devices)
         self._sketches: dict[int | None, Sketch] = {}
         self._features: tuple[Sketch, Features] | None = None
         self._basis: NDArray[np.float32] | None = None

@@ -338,6 +338,7 @@ def match(
     bands: Sequence[Band] = (),
     max_pairs: int = MAX_PAIRS,
     memory_bytes: int = MEMORY,
+    search_on: Sequence[str] = (),
 ) -> Matches:
     """The nearest members of `images` [Q, ...] and, against a reference of equal size, their twin.
 
@@ -347,6 +348,7 @@ def match(
     mirrored: the same of the mirrored images, [Q, ...]: the nearer of the two counts.
     widest: the score down to which every pair is kept (SSCD; normalised L2 needs none).
     bands: whose pairs are counted exactly where they are too many to keep.
+    search_on: GPUs that filter the neighbours (`Index`); no result depends on it.
     progress: called with the pairs just compared; they add up to 2 Q N (4 Q N if mirrored), plus
     those of a second pass where one is needed.
     Raises MembenchError unless twins have the same size: a false-match rate against a smaller
@@ -367,7 +369,7 @@ def match(
     queries = [images] if mirrored is None else [images, mirrored]
     options: dict[str, Any] = {"memory_bytes": memory_bytes, "progress": progress}
     sides = {
-        name: _match(queries, reference, k, measure, widest, bands, max_pairs, options)
+        name: _match(queries, reference, k, measure, widest, bands, max_pairs, search_on, options)
         for name, reference in references.items()
     }
     return Matches(
@@ -387,10 +389,11 @@ def _match(
     widest: float | None,
     bands: Sequence[Band],
     max_pairs: int,
+    search_on: Sequence[str],
     options: dict[str, Any],
 ) -> Side:
     """The matches of one side."""
-    compared = Index(reference.compared)
+    compared = Index(reference.compared, search_on)
     listed = nearest(queries[0], compared, k, **options)
     for more in queries[1:]:
         listed = merge(listed, nearest(more, compared, k, **options), k)

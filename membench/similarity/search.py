@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from membench.errors import MembenchError
+from membench.similarity.devices import listed_blocks
 from membench.similarity.filter import (
     MEMORY,
     PENDING,
@@ -32,6 +33,9 @@ from membench.similarity.filter import (
 from membench.similarity.index import Index, choose
 from membench.similarity.pages import blocks
 from membench.similarity.pruned import nearest_by_sketch
+
+LISTED = 2
+"""References that a GPU lists for each query, in multiples of k."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def nearest(
     queries, reference: uint8 images [*, H, W, C] or [*, D], or descriptors [*, D] in float16,
     float32 or float64; arrays, or memory maps of any length, which are read block by block and
     whose pages are given back, so that they need no memory of their own. An `Index` of the
-    reference lets several searches share what they prepare.
+    reference lets several searches share what they prepare, and may name GPUs to filter on.
     memory_bytes: bound of the working memory (without the inputs and the result).
     progress: called after each block with the number of (query, reference) pairs it compared;
     they add up to Q * N.
@@ -109,6 +113,47 @@ def nearest_blocks(
     check_inputs(queries, index.rows)
     queries, rows = np.asarray(queries), index.rows
     k = min(k, len(rows))
+    if index.devices:
+        yield from _nearest_on_devices(queries, index, k, memory_bytes, progress)
+    else:
+        yield from _nearest_on_cpu(queries, index, k, memory_bytes, progress)
+
+
+Blocks = Iterator[tuple[NDArray[np.float64], NDArray[np.int32]]]
+
+
+def _nearest_on_devices(
+    queries: Array,
+    index: Index,
+    k: int,
+    memory_bytes: int,
+    progress: Callable[[int], None] | None,
+) -> Blocks:
+    """Exact distances of what GPUs list; queries whose lists may lack something are done here."""
+    kept = min(LISTED * k, len(index))
+    for block, listed in listed_blocks(
+        queries, index.rows, index.centre, k, kept, index.devices, progress
+    ):
+        query = np.repeat(np.arange(len(block), dtype=np.int32), kept)
+        found = Candidates(query, listed.index.ravel(), listed.rank.ravel())
+        found, squared = _settle(found, k, block, index.rows)
+        distances, indices = squared.reshape(-1, k), found.index.reshape(-1, k)
+        unsure = np.flatnonzero(~listed.sure)
+        if len(unsure):
+            again = _nearest_on_cpu(block[unsure], index, k, memory_bytes, None)
+            parts = [np.concatenate(part) for part in zip(*again, strict=True)]
+            distances[unsure], indices[unsure] = parts
+        yield distances, indices
+
+
+def _nearest_on_cpu(
+    queries: Array,
+    index: Index,
+    k: int,
+    memory_bytes: int,
+    progress: Callable[[int], None] | None,
+) -> Blocks:
+    rows = index.rows
     q_rows, r_rows = tile_rows(queries, rows, k, memory_bytes)
     sketch = choose(index, queries, partial(_kth, k / len(rows)), memory_bytes, len(queries))
     if sketch is not None:

@@ -206,6 +206,7 @@ def prepare_cell(
     here: bool,
     loaded: Loaded,
     descriptor_weights: Path | None = None,
+    search_on: tuple[str, ...] = (),
 ) -> Cell:
     """The cell of a row's options, as a plan or a worker sees it."""
     options = dict(options)
@@ -215,7 +216,7 @@ def prepare_cell(
         options["similarity"] = Similarity.model_validate(options["similarity"])
     return prepare(
         registry, results, progress, **options, descriptor_weights=descriptor_weights, here=here,
-        loaded=loaded,
+        loaded=loaded, search_on=search_on,
     )  # fmt: skip
 
 

@@ -23,9 +23,9 @@ class Resources(Spec):
 
     gpus, cpus: of one task; a worker uses `cpus` threads. memory: in GiB. minutes: a task that
     takes longer is stopped at a batch boundary and goes on in another attempt. `train` uses one GPU
-    at most. concurrency: how many tasks of this stage run at a time. extra: options of sbatch, as
-    in { qos = "long" }. `local` starts no more tasks than have room in the machine's memory; only
-    `slurm` looks at partition, account, constraint and extra.
+    at most, `matches` none unless it is asked for. concurrency: how many tasks of this stage run at
+    a time. extra: options of sbatch, as in { qos = "long" }. `local` starts no more tasks than have
+    room in the machine's memory; only `slurm` looks at partition, account, constraint and extra.
     """
 
     gpus: int = Field(default=0, ge=0)

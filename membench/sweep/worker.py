@@ -95,7 +95,14 @@ class Desk:
             here=task.stage in ON_DEVICE,
             loaded=self.loaded,
             descriptor_weights=None if weights is None else Path(weights),
+            search_on=search_on(task),
         )
+
+
+def search_on(task: Task) -> tuple[str, ...]:
+    """The GPUs that filter a search: those that were asked for `matches`."""
+    gpus = task.resources.gpus if task.stage == "matches" else 0
+    return tuple(f"cuda:{i}" for i in range(gpus))
 
 
 def work(
