@@ -6,20 +6,26 @@ Descriptors of 512 values (as SSCD's) whose i-th principal variance is i^-alpha,
 vectors like SSCD's: flat, and in clusters. 1,000 queries, 100,000 references, 50 neighbours. A line
 of the table: the share of the variance in the first 64 directions, what `choose` takes, how many
 references it leaves to compare in full per query, and CPU seconds of the search as chosen, of the
-search in plain float32 blocks and of the bare matrix product, in turns, medians of three.
+search in plain float32 blocks and of the bare matrix product, in turns, medians of three. Writes
+results/spectrum.md.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
+from datetime import UTC, datetime
+from pathlib import Path
 from unittest import mock
 
+import machine
 import numpy as np
 
 from membench.similarity import nearest, pruned, search
 
 ROWS, QUERIES, VALUES, K, ROUNDS = 100_000, 1_000, 512, 50, 3
+OUT = Path(__file__).parent / "results" / "spectrum.md"
 ALPHAS = (0, 0.25, 0.5, 0.75, 1, 1.5, 2)
 
 
@@ -81,11 +87,34 @@ def line(name, make):
     share = values[:64].sum() / values.sum()
     times = " | ".join(f"{statistics.median(x):.2f}" for x in seconds.values())
     per_query = sum(left) / ROUNDS / QUERIES
-    print(f"| {name} | {share:.2f} | {chosen[-1]} | {per_query:,.0f} | {times} |", flush=True)
+    return f"| {name} | {share:.2f} | {chosen[-1]} | {per_query:,.0f} | {times} |"
+
+
+def main() -> None:
+    load = os.getloadavg()[0]
+    table = [
+        "| spectrum | in 64 | chosen | left per query | s | plain s | GEMM s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, make in KINDS.items():
+        table.append(line(name, make))
+        print(table[-1], flush=True)
+    text = [
+        "# Where directions pay, by spectrum",
+        "",
+        f"{QUERIES:,} queries, {ROWS:,} references, {VALUES} values, {K} neighbours; variances "
+        "i^-alpha, and unit vectors. in 64: share of the variance in the first 64 directions; "
+        "chosen: of what features are made, None for plain float32 blocks; left: references to "
+        f"compare in full; CPU seconds, medians of {ROUNDS}, in turns.",
+        "",
+        *machine.lines(machine.here()),
+        f"- measured: {datetime.now(UTC):%Y-%m-%d}, load {load:.1f} at the start",
+        "",
+        *table,
+    ]
+    OUT.write_text("\n".join(text) + "\n", encoding="utf-8")
+    print(OUT)
 
 
 if __name__ == "__main__":
-    print("| spectrum | in 64 | chosen | left per query | s | plain s | GEMM s |")
-    print("|---|---|---|---|---|---|---|")
-    for name, make in KINDS.items():
-        line(name, make)
+    main()
