@@ -84,6 +84,7 @@ import sys
 import numpy as np
 from pathlib import Path
 from membench.similarity import nearest, tally, within
+from membench.similarity.pairs import compiled, compiled_for_floats
 from membench.similarity.products import engines
 
 def peak():
@@ -93,6 +94,9 @@ def peak():
 queries, reference = (np.load(path, mmap_mode="r") for path in sys.argv[1:3])
 nearest(np.asarray(queries[:2]), np.asarray(queries[:2]), 1)
 engines()  # loads torch, which every run has loaded
+kernel = {"uint8": compiled, "float32": compiled_for_floats}.get(queries.dtype.name, lambda: None)()
+if kernel is not None:  # a compiler is loaded and run once
+    kernel(queries, queries, np.zeros(1, np.int32), np.zeros(1, np.int32), np.empty(1))
 before, bound = peak(), int(sys.argv[3])
 found = nearest(queries, reference, 50, memory_bytes=bound)
 radius = found.distance[:, 9]

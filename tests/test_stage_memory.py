@@ -10,6 +10,7 @@ import pytest
 
 from membench.lab import Lab
 from membench.matching import _Features
+from membench.similarity.filter import MEMORY
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 
@@ -20,7 +21,10 @@ FEW, MANY = 1024, 4096
 
 @pytest.mark.slow
 def test_no_stage_holds_all_images() -> None:
-    """Three times as many images more, 36 MiB of them, and no stage takes half of that more."""
+    """Three times as many images more, 36 MiB of them, and no stage takes half of that more.
+
+    But for matches: a search takes what it is allowed, once there are queries for it.
+    """
     rows = measure([FEW, MANY], method="random")
     more = (MANY - FEW) * SHAPE[0] * SHAPE[1] * SHAPE[2] / 2**20
     peaks = {(row["stage"], row["images"]): row["peak_above_mib"] for row in rows}
@@ -29,7 +33,10 @@ def test_no_stage_holds_all_images() -> None:
     assert {"plain images", RECORD} < stages, "and the matches"
     assert written["plain images", MANY] - written["plain images", FEW] == pytest.approx(more, 0.01)
     for stage in stages:
-        assert peaks[stage, MANY] - peaks[stage, FEW] < more / 2, f"{stage}:\n{table(rows)}"
+        if stage.startswith("matches"):
+            assert peaks[stage, MANY] < MEMORY / 2**20, f"{stage}:\n{table(rows)}"
+        else:
+            assert peaks[stage, MANY] - peaks[stage, FEW] < more / 2, f"{stage}:\n{table(rows)}"
 
 
 def test_mirrored_images_are_a_view(lab: Lab) -> None:
