@@ -33,7 +33,7 @@ from membench.registry import Registry
 from membench.report import table
 from membench.report.contact_sheet import contact_sheet
 from membench.scoring import calibrate_from, incidence, null_facts, per_image, score_all
-from membench.similarity.devices import check_devices
+from membench.similarity.devices import check_devices, present
 from membench.similarity.matches import Matches
 from membench.specs import DataCard, RunSpec, Sampling, Similarity, explain
 from membench.store import Artifact, Stage, Store
@@ -122,9 +122,7 @@ def resolve_device(name: str) -> str:
             raise ValueError(name)
         torch.empty(1, device=torch.device(name))
     except Exception:
-        count = torch.cuda.device_count()
-        have = "cpu" + "".join(f", cuda:{i}" for i in range(count))
-        raise MembenchError(f"--device {name}: not there; this machine has: {have}") from None
+        raise MembenchError(f"--device {name}: not there; this machine has: {present()}") from None
     return name
 
 

@@ -25,7 +25,6 @@ linearly. How near measured searches come to this is in `tests/benchmarks/scale.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -33,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from membench.errors import MembenchError
+from membench.similarity.products import seconds
 
 BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2, "int8": 1}
 """Of a feature, by the precision of the product; its results are summed in 4 bytes each."""
@@ -41,6 +41,8 @@ STORED = {"float32": 4, "float16": 2, "uint8": 1}
 _RESULT = 4
 _NEIGHBOUR = 8  # a float32 distance and an int32 index; also a key to sort by
 _REFERENCES_AT_ONCE = 65_536
+TIMES = 5
+"""Runs of which the quickest says how fast a processor is."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,7 @@ def this_cpu() -> Hardware:
     products = {}
     for precision, run in runs.items():
         try:
-            products[precision] = flops / _seconds(run)
+            products[precision] = flops / seconds(run, TIMES)
         except (RuntimeError, AttributeError):  # this torch has no such product on the CPU
             continue
     limit = np.full((rows, 1), -1.0, np.float32)  # holds nothing
@@ -231,10 +233,10 @@ def this_cpu() -> Hardware:
     return Hardware(
         name=f"this CPU on {torch.get_num_threads()}",
         products=products,
-        plain=3.0 * rows * terms / _seconds(lambda: _squared_l2(a, b[at_random])),
-        bandwidth=2.0 * large.size / _seconds(lambda: np.copyto(copy, large)),
-        results=out.size / _seconds(lambda: np.flatnonzero(out <= limit)),
-        keys=len(keys) / _seconds(lambda: np.argsort(keys)),
+        plain=3.0 * rows * terms / seconds(lambda: _squared_l2(a, b[at_random]), TIMES),
+        bandwidth=2.0 * large.size / seconds(lambda: np.copyto(copy, large), TIMES),
+        results=out.size / seconds(lambda: np.flatnonzero(out <= limit), TIMES),
+        keys=len(keys) / seconds(lambda: np.argsort(keys), TIMES),
         memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         queries_at_once=2048,
         source="measured just now",
@@ -245,14 +247,3 @@ def _squared_l2(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     difference = x - y
     found: np.ndarray = np.einsum("ij,ij->i", difference, difference)
     return found
-
-
-def _seconds(run: Callable[[], Any], times: int = 5) -> float:
-    """The least wall time of a few runs, after one that warms up."""
-    run()
-    taken = []
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - start)
-    return min(taken)

@@ -48,6 +48,13 @@ class Listed:
     sure: NDArray[np.bool_]
 
 
+def present() -> str:
+    """What this machine has, as torch names it: `cpu, cuda:0, cuda:1`."""
+    import torch
+
+    return ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+
+
 def check_devices(names: Sequence[str]) -> None:
     """Raises `MembenchError` for a device that is not there."""
     import torch
@@ -55,9 +62,10 @@ def check_devices(names: Sequence[str]) -> None:
     for name in names:
         try:
             torch.empty(1, device=name)
-        except (RuntimeError, AssertionError) as error:  # of a build without CUDA
-            reason = str(error).partition("\n")[0]
-            raise MembenchError(f"--search-on: {name!r} is not there ({reason})") from None
+        except (RuntimeError, AssertionError):  # of a build without CUDA
+            raise MembenchError(
+                f"--search-on: {name!r} is not there; this machine has: {present()}"
+            ) from None
 
 
 def listed_blocks(

@@ -41,6 +41,7 @@ from numpy.typing import NDArray
 from membench.errors import MembenchError
 from membench.similarity.pages import SPAN, blocks, gather, release
 from membench.similarity.pairs import LONGEST, Kernel, compiled, compiled_for_floats
+from membench.similarity.products import gamma
 
 Array = NDArray[Any]
 
@@ -120,8 +121,7 @@ class Filter:
         self.a_norm = np.sqrt(self.a_squared)
         self.b_norm = 0.0  # largest |b| so far
         self.products: NDArray[np.float32] = np.empty((len(a), r_rows), np.float32)
-        n = a.shape[1] + 4
-        self.gamma = n * U / (1 - n * U)
+        self.gamma = gamma(a.shape[1] + 4)
 
     def ranks(self, block: Array) -> NDArray[np.float32]:
         """Computed ranks [Q, r]; they live until the next call."""
@@ -172,8 +172,7 @@ def margin_of(a_norm: Array, b_norm: float, features: int, *, exact: bool) -> Ar
 
     exact: whether a and b are, as of 8-bit images; else they were rounded once.
     """
-    n = features + 4
-    margin: Array = n * U / (1 - n * U) * (a_norm * b_norm + b_norm**2 / 2)
+    margin: Array = gamma(features + 4) * (a_norm * b_norm + b_norm**2 / 2)
     if not exact:
         margin = margin + 2 * U * (a_norm + b_norm) ** 2
         margin += features * _TINY
