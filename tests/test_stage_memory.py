@@ -21,7 +21,7 @@ FEW, MANY = 1024, 8192
 
 @pytest.mark.slow
 def test_no_stage_holds_all_images() -> None:
-    """Seven times as many images more, 84 MiB of them, and no stage takes half of that more.
+    """Seven times as many images more, 84 MiB of them, and no stage takes a quarter of that more.
 
     But for matches: a search takes what it is allowed, once there are queries for it.
     """
@@ -36,7 +36,7 @@ def test_no_stage_holds_all_images() -> None:
         if stage.startswith("matches"):
             assert peaks[stage, MANY] < MEMORY / 2**20, f"{stage}:\n{table(rows)}"
         else:
-            assert peaks[stage, MANY] - peaks[stage, FEW] < more / 2, f"{stage}:\n{table(rows)}"
+            assert peaks[stage, MANY] - peaks[stage, FEW] < more / 4, f"{stage}:\n{table(rows)}"
 
 
 def test_mirrored_images_are_a_view(lab: Lab) -> None:
