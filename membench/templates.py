@@ -105,6 +105,7 @@ cpus = 1
 # partition = "gpu"
 # account = "project"
 # constraint = "a100"
+# tasks_per_job = 20 # of the shortest stages on Slurm; `minutes` is then of the job
 # extra = {{ qos = "long" }} # more options of sbatch
 
 # Stages: train, plan, check, images, classifier, labels, descriptors, matches, facts, record,

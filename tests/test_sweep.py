@@ -410,6 +410,18 @@ def test_a_dry_run_names_the_trainings(tmp_path: Path) -> None:
     assert found["trainings"] == [{"dataset": "tiny", "target": "young", "steps": 12}]
 
 
+def test_a_dry_run_counts_the_jobs_of_tasks_that_share_one(tmp_path: Path) -> None:
+    few = {"default": {"tasks_per_job": 5}}
+    file = write_file(tmp_path, seeds=[0, 1, 2, 3, 4, 5], resources=few)
+    command = ["sweep", str(file), "--dry-run", "--results", str(tmp_path / "results")]
+    found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    stages = found["tasks"]
+    assert stages["images"] == stages["record"] == 6 and stages["board"] == 1
+    jobs = sum(-(-count // 5) for stage, count in stages.items())
+    assert found["slurm_jobs"] == jobs < sum(stages.values())
+    assert f"on Slurm {jobs} jobs" in CliRunner().invoke(app, command).output
+
+
 # -- what goes wrong ----------------------------------------------------------------------------
 
 

@@ -266,7 +266,7 @@ class Pool:
             line = seat.pipes[1].readline()
             if not line:
                 self._died(seat)
-            elif not line.startswith("ready "):
+            else:
                 self._ended(seat, int(line.split()[0]))
 
     def _ended(self, seat: Seat, code: int) -> None:

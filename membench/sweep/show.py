@@ -17,6 +17,7 @@ from membench.sweep.collect import Row
 from membench.sweep.estimate import Line
 from membench.sweep.folder import Sweep
 from membench.sweep.plan import Plan
+from membench.sweep.slurm import arrays
 from membench.sweep.tasks import Status
 
 COLOURS = {"done": "green", "failed": "red", "skipped": "red", "running": "cyan"}
@@ -27,6 +28,8 @@ def dry_run(plan: Plan, lines: Sequence[Line]) -> dict[str, Any]:
     cached = {key for key, a in plan.artifacts.items() if _is_cached(plan, key)}
     open_tasks = [task for task in plan.tasks if _is_open(plan, task.id)]
     todo = [a.planned for key, a in plan.artifacts.items() if key not in cached]
+    each = [task for task in open_tasks if not task.after]
+    queued = arrays(plan.cells, each, len(each), capped=plan.spec.concurrency is not None)
     return {
         "name": plan.spec.name,
         "device": plan.device,
@@ -42,7 +45,8 @@ def dry_run(plan: Plan, lines: Sequence[Line]) -> dict[str, Any]:
             }
             for i, row in enumerate(plan.cells)
         ],
-        "jobs": dict(Counter(task.stage for task in open_tasks)),
+        "tasks": dict(Counter(task.stage for task in open_tasks)),
+        "slurm_jobs": sum(len(array.elements) for array in queued) + 1,
         "trainings": [
             {"dataset": dataset, "target": target, "steps": steps}
             for (dataset, target), steps in plan.trainings.items()
@@ -99,10 +103,11 @@ def plan_table(found: Mapping[str, Any]) -> RenderableType:
             state = "[green]record there"
         table.add_row(escape(cell["title"]), str(cell["stages"]), str(cell["stages_cached"]), state)
     calls = found["model_calls"]
-    jobs = ", ".join(f"{count} {stage}" for stage, count in found["jobs"].items())
-    total = sum(found["jobs"].values())
+    tasks = ", ".join(f"{count} {stage}" for stage, count in found["tasks"].items())
+    total = sum(found["tasks"].values())
     lines = [
-        f"jobs         {total}" + (f": {jobs}" if jobs else ""),
+        f"tasks        {total}" + (f": {tasks}" if tasks else ""),
+        *([f"             on Slurm {jobs} jobs"] if (jobs := found["slurm_jobs"]) < total else []),
         f"artifacts    {found['artifacts']['all']}, {found['artifacts']['cached']} of them cached",
         f"model calls  {calls['to_do'][0]:,} U-Net and {calls['to_do'][1]:,} classifier to do",
         f"             all cells {_both(calls['together'])}, as runs of their own "

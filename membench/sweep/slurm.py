@@ -1,7 +1,8 @@
 """Sweeps on Slurm: the whole graph is queued at once, by submitit, and nothing stays behind.
 
 **Arrays.** Tasks of one stage, depth, data set and target that ask for the same resources are
-elements of one array, cut to the cluster's MaxArraySize.
+elements of one array, cut to the cluster's MaxArraySize. An element does one task, or up to
+`tasks_per_job` of them.
 
 **Dependencies** are `afterany`, and each job looks for its inputs itself (`slurm_job`). With
 `afterok`, an array, which has one dependency for all its elements, would lose them all to one
@@ -21,11 +22,13 @@ below ten minutes, and calls a job lost whose node failed, though Slurm has queu
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,7 +52,7 @@ from membench.sweep.slurm_commands import (
 )
 from membench.sweep.slurm_state import judge
 from membench.sweep.specs import Resources
-from membench.sweep.tasks import Cause, Report, Task
+from membench.sweep.tasks import Cause, CellPlan, Report, Task
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,9 +67,13 @@ MOST_ELEMENTS = 40
 
 @dataclass(frozen=True)
 class Array:
-    """Tasks that become one sbatch: all with the same resources."""
+    """Tasks that become one sbatch, by its elements: all with the same resources."""
 
-    tasks: tuple[Task, ...]
+    elements: tuple[tuple[Task, ...], ...]
+
+    @property
+    def tasks(self) -> list[Task]:
+        return [task for element in self.elements for task in element]
 
     @property
     def resources(self) -> Resources:
@@ -112,7 +119,8 @@ class Slurm:
         cap = _least(self.jobs, sweep.manifest.spec.concurrency)
         before: dict[str | None, str] = {}  # the array to follow, by stage; None: any
         refused: set[str] = set()
-        for array in arrays(sweep, fresh, largest_array(), capped=cap is not None):
+        cells = sweep.manifest.cells
+        for array in arrays(cells, fresh, largest_array(), capped=cap is not None):
             if refused & array.needs:  # these rows are settled: they are skipped
                 refused |= {task.id for task in array.tasks}
                 continue
@@ -122,9 +130,9 @@ class Slurm:
                 waits.append(before[None])
             elif own is not None and stage in before:
                 waits.append(before[stage])
-            width = _least(cap, own) or len(array.tasks)
+            width = _least(cap, own) or len(array.elements)
             try:
-                names = submit(sweep, array.tasks, waits, width)
+                names = submit(sweep, array.elements, waits, width)
             except MembenchError as error:
                 if AWAY.search(str(error)):
                     raise
@@ -142,7 +150,15 @@ class Slurm:
         notes = {task.id: sweep.read_submitted(task) for task in tasks}
         jobs = {name: n.job for name, n in notes.items() if n is not None and n.executor == "slurm"}
         runs, queue = known(jobs.values())
-        return {name: judge(job, runs, queue) for name, job in jobs.items()}
+        sharing = Counter(jobs.values())
+        found = {}
+        for name, job in jobs.items():
+            report: Report | None = judge(job, runs, queue)
+            if sharing[job] > 1 and report is not None and report.state == "running":
+                report = _in_turn(sweep, sweep.tasks[name], job, report)
+            if report is not None:
+                found[name] = report
+        return found
 
     def cancel(self, sweep: Sweep, tasks: Sequence[Task]) -> None:
         """Take the sweep's jobs out of the queue; running ones get SIGTERM."""
@@ -158,32 +174,56 @@ class Slurm:
 # -- the shape of a submission -------------------------------------------------------------------
 
 
-def arrays(sweep: Sweep, tasks: Sequence[Task], largest: int, *, capped: bool) -> list[Array]:
-    """Tasks in arrays of at most `largest`, each after all that it needs.
+def _in_turn(sweep: Sweep, task: Task, job: str, running: Report) -> Report | None:
+    """Of one of several tasks of a running job: None if its turn is over, and for good."""
+    note, attempts = sweep.read_submitted(task), sweep.attempts(task)
+    ended = attempts[-1].finished if attempts else None
+    if note is not None and ended is not None and ended > note.at:
+        return running if sweep.attempts_left(task) else None
+    if sweep.held(task):
+        return running
+    return Report(state="queued", reason=f"in its turn; job {job} runs")
 
-    capped: the arrays will follow each other, so that telling targets apart gains nothing.
+
+def arrays(
+    cells: Sequence[CellPlan], tasks: Sequence[Task], largest: int, *, capped: bool
+) -> list[Array]:
+    """Tasks in arrays of at most `largest` elements, each after all that it needs.
+
+    cells: of the sweep. capped: the arrays will follow each other, so that telling targets apart
+    gains nothing.
     """
     depth: dict[str, int] = {}
     groups: dict[tuple[Any, ...], list[Task]] = {}
     for task in tasks:  # each comes after all that it needs
         depth[task.id] = 1 + max((depth[need] for need in task.needs if need in depth), default=-1)
-        place = "" if capped or task.resources.concurrency else _place(sweep, task)
+        place = "" if capped or task.resources.concurrency else _place(cells, task)
         key = (depth[task.id], task.stage, place, task.resources.model_dump_json())
         groups.setdefault(key, []).append(task)
-    return [
-        Array(tuple(groups[key][start : start + largest]))
-        for key in sorted(groups, key=lambda key: key[0])
-        for start in range(0, len(groups[key]), largest)
-    ]
+    found = []
+    for key in sorted(groups, key=lambda key: key[0]):
+        elements = _elements(groups[key])
+        found += [
+            Array(tuple(elements[start : start + largest]))
+            for start in range(0, len(elements), largest)
+        ]
+    return found
 
 
-def _place(sweep: Sweep, task: Task) -> str:
+def _elements(tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
+    """Tasks in as few jobs as `tasks_per_job` allows, as evenly as that goes."""
+    count = math.ceil(len(tasks) / tasks[0].resources.tasks_per_job)
+    ends = [len(tasks) * i // count for i in range(count + 1)]
+    return [tuple(tasks[start:end]) for start, end in itertools.pairwise(ends)]
+
+
+def _place(cells: Sequence[CellPlan], task: Task) -> str:
     """Data set and target of a task: those of different ones do not wait for each other."""
     if task.target is not None:
         return "/".join(task.target)
     if task.cell is None:
         return ""
-    options = sweep.manifest.cells[task.cell].options
+    options = cells[task.cell].options
     return f"{options.get('dataset')}/{options.get('target')}"
 
 
@@ -205,21 +245,23 @@ def _least(*caps: int | None) -> int | None:
 # -- submitting ----------------------------------------------------------------------------------
 
 
-def submit(sweep: Sweep, tasks: Sequence[Task], waits: Sequence[str], width: int) -> dict[str, str]:
-    """Queue one array and note the job of each task; at most `width` run at a time."""
-    stage = tasks[0].stage
-    executor = _executor(sweep, tasks[0].resources, stage, waits, array_parallelism=width)
-    folder = str(sweep.folder)
+def submit(
+    sweep: Sweep, elements: Sequence[Sequence[Task]], waits: Sequence[str], width: int
+) -> dict[str, str]:
+    """Queue one array and note the job of each task; at most `width` elements run at a time."""
+    first = elements[0][0]
+    executor = _executor(sweep, first.resources, first.stage, waits, array_parallelism=width)
+    names = [[task.id for task in element] for element in elements]
     with _cleared(sweep):
         jobs = _patiently(
-            lambda: executor.map_array(
-                slurm_job.run, [folder] * len(tasks), [task.id for task in tasks]
-            )
+            lambda: executor.map_array(slurm_job.run, [str(sweep.folder)] * len(names), names)
         )
-    names = {task.id: str(job.job_id) for task, job in zip(tasks, jobs, strict=True)}
-    for task in tasks:
-        sweep.submitted(task, "slurm", names[task.id])
-    return names
+    found = {}
+    for element, job in zip(elements, jobs, strict=True):
+        for task in element:
+            found[task.id] = str(job.job_id)
+            sweep.submitted(task, "slurm", found[task.id])
+    return found
 
 
 def submit_last(sweep: Sweep, last: Sequence[Task], waits: Sequence[str]) -> None:

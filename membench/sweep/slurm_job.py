@@ -1,5 +1,6 @@
-"""What runs inside a Slurm job: a small process that starts the worker, watches it, and requeues.
+"""What runs inside a Slurm job: a small process that starts a worker, watches it, and requeues.
 
+A job does one task or several, one after the other, by the same worker as long as nothing fails.
 The worker is a child process, so that whatever kills it (SIGKILL, a crash in C code, the kernel for
 its memory) leaves somebody to write down the cause and, if the cause lies outside the code and
 tries are left, to have Slurm start the job again. Signals go on to the worker, which stops at a
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -37,15 +39,17 @@ from membench.sweep.tasks import EXIT, RETRIED, STOPPED, Cause, Task
 STOPS = (signal.SIGUSR2, signal.SIGTERM)
 AGAIN = 1.0
 """Seconds between two reminders of a worker to stop: the first may come before it listens."""
+GOODBYE = 10.0
+"""Seconds that an idle worker has to end."""
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 
 
-def run(folder: str, name: str) -> NoReturn:
+def run(folder: str, names: Sequence[str]) -> NoReturn:
     """One element of an array. Leaves by `sys.exit`, past submitit and its result pickles."""
     _keep_signals()
     sweep = Sweep(Path(folder))
     with _full_disk_has_its_code():
-        sys.exit(supervise(sweep, sweep.tasks[name]))
+        sys.exit(one_by_one(sweep, [sweep.tasks[name] for name in names]))
 
 
 def run_last(folder: str, names: Sequence[str]) -> NoReturn:
@@ -55,8 +59,7 @@ def run_last(folder: str, names: Sequence[str]) -> NoReturn:
     with _full_disk_has_its_code():
         if not sweep.cancelled and retry(sweep, [sweep.tasks[name] for name in names]):
             sys.exit(0)
-        codes = [supervise(sweep, sweep.tasks[name]) for name in names]
-        sys.exit(max(codes, default=0))
+        sys.exit(one_by_one(sweep, [sweep.tasks[name] for name in names]))
 
 
 @contextmanager
@@ -70,11 +73,13 @@ def _full_disk_has_its_code() -> Iterator[None]:
         raise
 
 
-# -- one task ------------------------------------------------------------------------------------
+# -- the tasks of a job --------------------------------------------------------------------------
 
 _received: list[int] = []
 _preempted: list[str] = []
 """The job, once Slurm has said that it is being preempted."""
+_cancelled: dict[str, bool] = {}
+"""Whether the job was ended for good, once that was asked."""
 
 
 def _keep_signals() -> None:
@@ -88,26 +93,46 @@ def _keep_signals() -> None:
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
 
 
-def supervise(sweep: Sweep, task: Task) -> int:
-    """Run one task in a process of its own; returns the job's exit code."""
+def one_by_one(sweep: Sweep, tasks: Sequence[Task]) -> int:
+    """Run tasks, and have Slurm start this job again for those that may be tried again.
+
+    Returns the job's exit code: that of the first task that was not done.
+    """
     job = os.environ["SLURM_JOB_ID"]
+    worker, codes, again = Worker(sweep), [], []
+    try:
+        for task in tasks:
+            code, more = supervise(worker, task, job)
+            codes.append(code)
+            if more:
+                again.append(task)
+    finally:
+        worker.dismiss()
+    if again:
+        _requeue(sweep, again, job)
+    return next((code for code in codes if code), EXIT[None])
+
+
+def supervise(worker: Worker, task: Task, job: str) -> tuple[int, bool]:
+    """Have the worker run one task; returns its exit code, and whether it may be tried again."""
+    sweep = worker.sweep
     if sweep.done(task):
-        return EXIT[None]
+        return EXIT[None], False
     if sweep.cancelled:
-        return EXIT[Cause.CANCELLED]
+        return EXIT[Cause.CANCELLED], False
     missing = [name for name in task.needs if not sweep.done(sweep.tasks[name])]
     if missing:
         print(f"{task.id}: {', '.join(missing)} not there; left to a later job", flush=True)
         note = sweep.read_submitted(task)
         if note is not None and note.job == job_name():
             sweep.withdraw(task)
-        return EXIT[None]
-    if not _account_for_the_dead(sweep, task, job):
-        return 1
+        return EXIT[None], False
+    if not _account_for_the_dead(sweep, task):
+        return EXIT[Cause.CODE], False
     if _received:
         return _stopped(sweep, task, job)
     ooms = oom_kills()
-    code = _watch(_start(sweep, task), job)
+    code = worker.run(task, job)
     if code == STOPPED or -code in STOPS:
         return _stopped(sweep, task, job)
     if code < 0:
@@ -121,12 +146,11 @@ def supervise(sweep: Sweep, task: Task) -> int:
     if task.stage == "plan" and code == EXIT[None]:
         _queue_the_new(sweep)
     last = attempts[-1] if attempts else None
-    if code != 0 and last is not None and last.cause in RETRIED and sweep.attempts_left(task):
-        _requeue(sweep, task, job)
-    return code if code >= 0 else STOPPED
+    more = code != 0 and last is not None and last.cause in RETRIED and sweep.attempts_left(task)
+    return (code if code >= 0 else STOPPED), more
 
 
-def _account_for_the_dead(sweep: Sweep, task: Task, job: str) -> bool:
+def _account_for_the_dead(sweep: Sweep, task: Task) -> bool:
     """Give an attempt that a lost node or a preemption ended its cause; False: no try is left."""
     attempts = sweep.attempts(task)
     last, again = attempts[-1] if attempts else None, os.environ.get("SLURM_RESTART_COUNT", "0")
@@ -143,28 +167,61 @@ def _account_for_the_dead(sweep: Sweep, task: Task, job: str) -> bool:
     return not attempts or sweep.attempts_left(task)
 
 
-def _start(sweep: Sweep, task: Task) -> subprocess.Popen[bytes]:
-    """The worker, deaf to SIGUSR2 until it listens: by default the signal would end it."""
-    heard = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    try:
-        command = [sys.executable, "-P", "-m", "membench.sweep.worker"]
-        return subprocess.Popen([*command, str(sweep.folder), task.id])
-    finally:
-        signal.signal(signal.SIGUSR2, heard)
+class Worker:
+    """The process that runs a job's tasks; a fresh one after whatever did not end well."""
 
+    def __init__(self, sweep: Sweep):
+        self.sweep = sweep
+        self.process: subprocess.Popen[str] | None = None
 
-def _watch(worker: subprocess.Popen[bytes], job: str) -> int:
-    """Wait for the worker's end, passing signals on; its exit code, negative for a signal."""
-    asked = False
-    while True:
-        try:
-            return worker.wait(AGAIN if _received else 0.2)
-        except subprocess.TimeoutExpired:
+    def run(self, task: Task, job: str) -> int:
+        """The task's exit code, or minus the signal that ended the process; passes signals on."""
+        process = self.process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        with suppress(BrokenPipeError):  # it died just now
+            process.stdin.write(f"{task.id}\n")
+            process.stdin.flush()
+        asked = False
+        while not select.select([process.stdout], [], [], AGAIN if _received else 0.2)[0]:
             if _received:
-                worker.send_signal(signal.SIGUSR2)
+                process.send_signal(signal.SIGUSR2)
                 if not asked:
                     asked = True
                     _was_preempted(job)
+        line = process.stdout.readline()
+        code = int(line.split()[0]) if line else process.wait()
+        if code != EXIT[None]:
+            self.dismiss()
+        return code
+
+    def _start(self) -> subprocess.Popen[str]:
+        """Deaf to SIGUSR2 until it listens: by default the signal would end it."""
+        heard = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        try:
+            command = [sys.executable, "-P", "-m", "membench.sweep.worker"]
+            self.process = subprocess.Popen(
+                [*command, str(self.sweep.folder), "--serve"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        finally:
+            signal.signal(signal.SIGUSR2, heard)
+        return self.process
+
+    def dismiss(self) -> None:
+        """Let the process go: it ends when nobody has another task for it."""
+        process, self.process = self.process, None
+        if process is None:
+            return
+        for pipe in (process.stdin, process.stdout):
+            with suppress(OSError):
+                pipe and pipe.close()
+        try:
+            process.wait(GOODBYE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _was_preempted(job: str) -> bool:
@@ -178,7 +235,7 @@ def _was_preempted(job: str) -> bool:
     return bool(_preempted)
 
 
-def _stopped(sweep: Sweep, task: Task, job: str) -> int:
+def _stopped(sweep: Sweep, task: Task, job: str) -> tuple[int, bool]:
     """The worker stopped at a batch boundary: by scancel for good, else the job goes on later."""
     attempts = sweep.attempts(task)
     last = attempts[-1] if attempts and attempts[-1].state == "stopped" else None
@@ -189,15 +246,13 @@ def _stopped(sweep: Sweep, task: Task, job: str) -> int:
         else:
             change = {"state": "failed", "cause": Cause.CANCELLED, "reason": reason}
             sweep.write(task, last.model_copy(update=change))
-        return EXIT[Cause.CANCELLED]
+        return EXIT[Cause.CANCELLED], False
     if last is not None:
         preempted = _was_preempted(job)
         reason = "preempted" if preempted else "stopped before Slurm's time limit"
         cause = Cause.KILLED if preempted else Cause.TIME
         sweep.write(task, last.model_copy(update={"cause": cause, "reason": reason}))
-    if sweep.attempts_left(task):
-        _requeue(sweep, task, job)
-    return STOPPED
+    return STOPPED, sweep.attempts_left(task)
 
 
 def _is_cancelled(job: str) -> bool:
@@ -206,18 +261,26 @@ def _is_cancelled(job: str) -> bool:
     A job that is warned of its limit, or of a preemption, runs on for a while; after that, Slurm
     ends it, too.
     """
-    ending = own_state(job) in ("CANCELLED", "COMPLETING")
-    return ending and signal.SIGUSR2 not in _received and not _was_preempted(job)
+    if job not in _cancelled:
+        ending = own_state(job) in ("CANCELLED", "COMPLETING")
+        _cancelled[job] = ending and signal.SIGUSR2 not in _received and not _was_preempted(job)
+    return _cancelled[job]
 
 
-def _requeue(sweep: Sweep, task: Task, job: str) -> None:
-    """Have Slurm start this job again; where it will not, the last job queues the task anew."""
+def _requeue(sweep: Sweep, tasks: Sequence[Task], job: str) -> None:
+    """Have Slurm start this job again; where it will not, the last job queues the tasks anew."""
+    names = ", ".join(task.id for task in tasks)
     try:
         ask(["scontrol", "requeue", job], patience=PATIENCE)
-        sweep.submitted(task, "slurm", job_name())
-        print(f"{task.id}: job {job_name()} is queued again", flush=True)
     except MembenchError as error:
-        print(f"{task.id}: {error}", flush=True)
+        for task in tasks:
+            if not sweep.attempts(task):  # nothing to blame it for
+                sweep.withdraw(task)
+        print(f"{names}: {error}", flush=True)
+        return
+    for task in tasks:
+        sweep.submitted(task, "slurm", job_name())
+    print(f"{names}: job {job_name()} is queued again", flush=True)
 
 
 def why_it_died(number: int, *, out_of_memory: bool) -> tuple[Cause, str]:

@@ -24,8 +24,10 @@ class Resources(Spec):
     gpus, cpus: of one task; a worker uses `cpus` threads. memory: in GiB. minutes: a task that
     takes longer is stopped at a batch boundary and goes on in another attempt. `train` uses one GPU
     at most, `matches` none unless it is asked for. concurrency: how many tasks of this stage run at
-    a time. extra: options of sbatch, as in { qos = "long" }. `local` starts no more tasks than have
-    room in the machine's memory; only `slurm` looks at partition, account, constraint and extra.
+    a time. tasks_per_job: how many of them one Slurm job does, one after the other, for tasks that
+    take less than a job does to start; minutes is then the limit of the job. extra: options of
+    sbatch, as in { qos = "long" }. `local` starts no more tasks than have room in the machine's
+    memory; only `slurm` looks at tasks_per_job, partition, account, constraint and extra.
     """
 
     gpus: int = Field(default=0, ge=0)
@@ -33,6 +35,7 @@ class Resources(Spec):
     memory: float | None = Field(default=None, gt=0)
     minutes: float | None = Field(default=None, gt=0)
     concurrency: int | None = Field(default=None, gt=0)
+    tasks_per_job: int = Field(default=1, gt=0)
     partition: str | None = None
     account: str | None = None
     constraint: str | None = None

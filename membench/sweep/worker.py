@@ -387,12 +387,12 @@ def _say(text: str, log: Path | None) -> None:
 def serve(folder: Path, read: Callable[[], str], write: Callable[[str], object]) -> None:
     """Run the tasks named in the lines that `read` returns until it returns nothing.
 
-    `write` gets `CODE TASK` after each, CODE being its exit code.
+    `write` gets `CODE TASK` after each, CODE being its exit code, and nothing else: who reads it
+    may wait for one line at a time.
     """
     from membench.console import Stages
 
     desk, progress = Desk(Sweep(folder)), Stages(Console(stderr=True))
-    write(f"ready {os.getpid()}\n")
     while name := read().strip():
         code = work(folder, name, desk=desk, progress=progress, redirect=True)
         write(f"{code} {name}\n")

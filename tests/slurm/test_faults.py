@@ -47,6 +47,12 @@ def make(trial: Trial, **more: Any) -> None:
     trial.sweep = trial.create(trial.write(**content | more))
 
 
+def share(trial: Trial, together: int) -> None:
+    """The two shards of the cell as jobs of their own, or as the tasks of one."""
+    default = {"memory": 0.5}
+    make(trial, resources={"default": default, "images": default | {"tasks_per_job": together}})
+
+
 def complete(trial: Trial, cells: int = 1, unsaved: Sequence[dict[str, Any]] = ()) -> None:
     """Every row has its record, the board is there, and nothing was made twice."""
     summary = trial.summary()
@@ -176,10 +182,43 @@ def test_kill_9(trial, fault_table, whole):
     row(fault_table, trial, what, at, "tried again by the last job" if whole else "requeued")
 
 
-def test_scancel_is_for_good_until_retry(trial, fault_table):
-    make(trial)
+def test_tasks_that_share_a_job(trial, fault_table):
+    """One always fails and the worker of another is killed: the others in the job go on."""
+    few = {"memory": 0.5, "tasks_per_job": 6}
+    images = few | {"tasks_per_job": 3}
+    make(
+        trial,
+        seeds=list(range(6)),
+        shards=1,
+        methods=[{"name": "paced", "images": 128}],
+        resources={"default": few, "images": images},
+    )
+    trial.submit(pace=PACE, MEMBENCH_BREAK="64", MEMBENCH_BREAK_SEED="1")
+    trial.after_batches(1)
+    victim, attempt = trial.running()[0]
+    at = time.time()
+    os.kill(attempt.pid, signal.SIGKILL)
+    trial.finish()
+    rows = trial.summary()["rows"]
+    assert [row["state"] for row in rows] == ["done", "skipped", *["done"] * 4]
+    assert rows[1]["cause"] == str(Cause.CODE)
+    tries = {t.id: trial.sweep.attempts(t) for t in trial.sweep.tasks.values()}
+    jobs = {a.job for name, found in tries.items() if name.startswith("images") for a in found}
+    assert len(jobs) == 2, "six tasks of images in two jobs"
+    assert len({a.job for a in trial.attempts("record")}) == 1
+    assert [a.state for a in tries[victim.id]] == ["failed", "done"]
+    assert tries[victim.id][0].cause is Cause.KILLED
+    assert sum(a.state != "done" for found in tries.values() for a in found) == 2
+    assert trial.twice() == 0
+    row(fault_table, trial, "a worker with several tasks killed, one of which always fails", at,
+        "the others of the job went on; requeued for the killed one")  # fmt: skip
+
+
+@pytest.mark.parametrize("together", [1, 2], ids=["alone", "together"])
+def test_scancel_is_for_good_until_retry(trial, fault_table, together):
+    share(trial, together)
     trial.submit(pace=PACE)
-    trial.after_batches(3)
+    trial.after_batches(4 - together)
     task, attempt = trial.running()[0]
     at = time.time()
     shell("scancel", attempt.job)
@@ -187,12 +226,14 @@ def test_scancel_is_for_good_until_retry(trial, fault_table):
     summary = trial.summary()
     (missing,) = summary["rows"]
     assert (missing["task"], missing["cause"]) == (task.id, str(Cause.CANCELLED))
+    ended = [t for t, s in trial.sweep.statuses().items() if s.cause is Cause.CANCELLED]
+    assert len(ended) == together
     again = time.time()
     trial.submit()
     trial.finish()
     complete(trial)
     fault_table(
-        "scancel of a running task",
+        "scancel of a running task" if together == 1 else "scancel of a job with two tasks",
         f"{causes(trial)}; the row is missing and named; `membench retry` completed it",
         lost=trial.lost(at),
         waited=waited(trial, again),
@@ -213,17 +254,21 @@ def test_time_limit(trial, fault_table):
     row(fault_table, trial, "time limit", at, f"requeued, {len(stopped) + 1} runs of the job")
 
 
-def test_preemption(trial, fault_table):
-    make(trial)
+@pytest.mark.parametrize("together", [1, 2], ids=["alone", "together"])
+def test_preemption(trial, fault_table, together):
+    share(trial, together)
     trial.submit(pace=PACE)
-    trial.after_batches(2)
+    trial.after_batches(3 - together)
     at = time.time()
     sbatch("--partition=high", "--exclusive", "--nodes=3", command="sleep 3")
     trial.finish()
     complete(trial)
     stopped = [a for a in trial.attempts() if a.state == "stopped"]
-    assert stopped and all(a.reason == "preempted" for a in stopped)
-    row(fault_table, trial, "preemption", at, "requeued")
+    assert all(a.reason == "preempted" for a in stopped)
+    assert stopped or together > 1  # it may come between two tasks
+    assert max(a.restart for a in trial.attempts()) == 1
+    what = "preemption" if together == 1 else "preemption of a job with two tasks"
+    row(fault_table, trial, what, at, "requeued")
 
 
 def test_a_node_goes_down(trial, fault_table, cluster):
