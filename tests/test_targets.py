@@ -74,7 +74,7 @@ def test_schedules_are_those_of_diffusers(schedule: str, steps: int) -> None:
 
 def test_what_needs_no_unet_loads_no_diffusers() -> None:
     """Workers of a sweep start anew for many small tasks: imports are most of their time."""
-    heavy = "('diffusers', 'sklearn', 'accelerate')"
+    heavy = "('diffusers', 'sklearn', 'accelerate', 'torch._dynamo')"
     code = f"import sys, membench.run; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -43,8 +43,13 @@ class Compiled:
     """
 
     def __init__(self, function: Callable[..., Any]):
-        self.function = torch.compile(function, dynamic=False, fullgraph=True)
+        self.plain = function
         self.lock, self.seen = threading.Lock(), set[tuple[Any, ...]]()
+
+    @cached_property
+    def function(self) -> Callable[..., Any]:
+        """Made when it is first called: torch's compiler takes a second to import."""
+        return torch.compile(self.plain, dynamic=False, fullgraph=True)
 
     def __call__(
         self, network: Callable[..., Any] | None, *tensors: Tensor | None, **named: Any
