@@ -166,8 +166,8 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         "SIDE-C against `oracle:0.5` at one guidance scale, images of 64 x 64 x 3 (12 KiB each), "
         "batches of 64, 256 members, 128 synthetic images; each stage in a process of its own, "
         f"which holds {before:.0f} MiB when its cell is prepared. Stages that N_G does not enter "
-        "are made once. Freed memory is given back at once here; a run lets malloc keep some. Matches "
-        "grow until a search has the 512 MiB that it may take.",
+        "are made once. Freed memory is given back at once here; a run lets malloc keep some. "
+        "Matches grow until a search has the 512 MiB that it may take.",
         "",
         *machine.lines(machine.here()),
         f"- measured: {datetime.now(UTC):%Y-%m-%d}",
