@@ -47,9 +47,10 @@ from membench.sweep.estimate import estimate
 from membench.sweep.folder import Sweep
 from membench.sweep.inline import Inline
 from membench.sweep.local import Local, memory, why_it_died
+from membench.sweep.plan import told_apart
 from membench.sweep.show import todo
 from membench.sweep.specs import load_sweep
-from membench.sweep.tasks import Attempt, Cause
+from membench.sweep.tasks import Attempt, Cause, CellPlan
 from membench.training import train_target
 
 FIVE = ["random", "ol_ti", "side_o", "side_a", {"name": "side_c", "parameters": {"n_clusters": 4}}]
@@ -408,6 +409,25 @@ def test_a_dry_run_names_the_trainings(tmp_path: Path) -> None:
     assert result.output.count("after training") == 2
     found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
     assert found["trainings"] == [{"dataset": "tiny", "target": "young", "steps": 12}]
+
+
+def test_rows_of_one_method_name_what_they_differ_in(tmp_path: Path) -> None:
+    again = [
+        {"name": "random", "steps": 2},
+        {"name": "random", "images": 8, "label": 3},
+    ]
+    sweep = made(write_file(tmp_path, methods=["random", *again]), tmp_path / "results")
+    title = "random on tiny/oracle:0.3, seed 0"
+    assert [cell.title for cell in sweep.manifest.cells] == [
+        f"{title}, images 28, steps 3",
+        f"{title}, images 28, steps 2",
+        f"{title}, images 8, steps 3, label 3",
+    ]
+    scales = [CellPlan(options={"guidance_scales": (0.1, s)}, title="a") for s in (0.3, 1.0)]
+    assert [row.title for row in told_apart(scales)] == [
+        "a, guidance_scales 0.1+0.3",
+        "a, guidance_scales 0.1+1",
+    ]
 
 
 def test_a_dry_run_counts_the_jobs_of_tasks_that_share_one(tmp_path: Path) -> None:

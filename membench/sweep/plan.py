@@ -118,6 +118,7 @@ def plan(
     needed = frozenset(
         needed_of({task.id: task for task in tasks}, lambda t: _is_there(results, t))
     )
+    rows = told_apart(rows)
     return Plan(spec, device, tuple(rows), tuple(tasks), needed, prepared, artifacts, trainings)
 
 
@@ -293,6 +294,24 @@ def _row(
         folder=made.folder.relative_to(results).as_posix(),
         calls=(sum(w.unet_calls for w in work), sum(w.classifier_calls for w in work)),
     )
+
+
+def told_apart(rows: Sequence[CellPlan]) -> list[CellPlan]:
+    """Rows of one title also name the options in which they differ."""
+    same: dict[str, list[CellPlan]] = {}
+    for row in rows:
+        same.setdefault(row.title, []).append(row)
+
+    def full(row: CellPlan) -> str:
+        others = [other.options for other in same[row.title]]
+        differ = [n for n, v in row.options.items() if any(o.get(n) != v for o in others)]
+        return ", ".join([row.title, *(f"{name} {_said(row.options[name])}" for name in differ)])
+
+    return [row.model_copy(update={"title": full(row)}) for row in rows]
+
+
+def _said(value: Any) -> str:
+    return "+".join(f"{v:g}" for v in value) if isinstance(value, list | tuple) else str(value)
 
 
 # -- the graph ----------------------------------------------------------------------------------
