@@ -53,7 +53,7 @@ def test_within(benchmark, data, filled, share):  # noqa: F811
     theirs = "faiss.IndexFlatL2, range_search"
     found = take_turns(
         benchmark,
-        f"the {share:g} nearest of all pairs of {len(a):,} x {len(b):,} {name} images",
+        f"the nearest {100 * share:g} % of all pairs of {len(a):,} x {len(b):,} {name} images",
         lambda: by_within(queries, reference, radius),
         {
             theirs: lambda: np.bincount(full.range_search(a, radius**2)[2], minlength=len(b)),
