@@ -437,9 +437,10 @@ def test_a_dry_run_counts_the_jobs_of_tasks_that_share_one(tmp_path: Path) -> No
     found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
     stages = found["tasks"]
     assert stages["images"] == stages["record"] == 6 and stages["board"] == 1
-    jobs = sum(-(-count // 5) for stage, count in stages.items())
-    assert found["slurm_jobs"] == jobs < sum(stages.values())
-    assert f"on Slurm {jobs} jobs" in CliRunner().invoke(app, command).output
+    assert stages["matches"] == 1 + 6, "near-duplicates of the data set come before those of cells"
+    jobs = {"check": 1, "facts": 1, "matches": 1 + 2, "images": 2, "record": 2, "board": 1}
+    assert jobs.keys() == stages.keys() and found["slurm_jobs"] == sum(jobs.values())
+    assert f"on Slurm {sum(jobs.values())} jobs" in CliRunner().invoke(app, command).output
 
 
 # -- what goes wrong ----------------------------------------------------------------------------
