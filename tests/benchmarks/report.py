@@ -161,7 +161,7 @@ def draw(rows: Sequence[Ratio], path: Path) -> None:
     axes.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Software": None})
 
 
 def report(files: Sequence[Mapping[str, Any]], out: Path, name: str) -> list[str]:
