@@ -64,6 +64,11 @@ class Cluster:
     def pid(self, daemon: str) -> int:
         return int((self.folder / "run" / f"{daemon}.pid").read_text())
 
+    @property
+    def saved(self) -> float:
+        """When the controller last wrote down what it knows of jobs, in seconds since 1970."""
+        return (self.folder / "state" / "job_state").stat().st_mtime
+
     def kill(self, daemon: str) -> None:
         """SIGKILL, by the daemon's pid file."""
         pid = self.pid(daemon)

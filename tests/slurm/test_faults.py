@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -325,10 +326,18 @@ def test_more_cells_than_an_array_may_have(trial, fault_table):
                 twice=trial.twice())  # fmt: skip
 
 
+def started_last() -> float:
+    """When the last of the running jobs began, in seconds since 1970."""
+    times = shell("squeue", "-h", "-r", "-t", "running", "-o", "%S").split()
+    return max(datetime.fromisoformat(time).timestamp() for time in times)
+
+
 def test_the_controller_is_restarted(trial, fault_table, cluster):
     make(trial)
-    trial.submit(pace=PACE)
-    trial.after_batches(2)
+    trial.submit(pace=5 * PACE)
+    trial.after_batches(1)
+    # What it has not saved yet (it does so every few seconds) a killed controller does not know.
+    wait_until(lambda: cluster.saved > started_last() + 1, 30, "the controller to save its jobs")
     at, pid = time.time(), trial.running()[0][1].pid
     cluster.kill("slurmctld")
     os.kill(pid, signal.SIGKILL)  # its requeue must wait for the controller
