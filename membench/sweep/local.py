@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING
 from membench.errors import MembenchError
 from membench.sweep.agenda import Agenda, Told
 from membench.sweep.folder import Sweep
+from membench.sweep.oom import oom_kills
 from membench.sweep.specs import Resources
 from membench.sweep.tasks import EXIT, Cause, Report, Task
 
@@ -350,13 +351,3 @@ def why_it_died(code: int, words: Sequence[str], *, more_ooms: bool) -> tuple[Ca
     if name in CRASHES:
         return Cause.CODE, f"crashed by {name}{last}"
     return Cause.KILLED, f"killed by {name}"
-
-
-def oom_kills() -> int:
-    """How many processes the kernel has killed for memory in this control group (version 2)."""
-    try:
-        group = Path("/proc/self/cgroup").read_text().partition("::")[2].strip()
-        events = Path(f"/sys/fs/cgroup{group}/memory.events").read_text()
-        return int(dict(line.split() for line in events.splitlines())["oom_kill"])
-    except (OSError, KeyError, ValueError):
-        return 0

@@ -25,6 +25,7 @@ from membench.errors import MembenchError
 from membench.files import locked
 from membench.sweep.agenda import SETTLED
 from membench.sweep.folder import GROWING, Sweep
+from membench.sweep.oom import oom_kills
 from membench.sweep.slurm_commands import (
     PATIENCE,
     ask,
@@ -291,25 +292,6 @@ def why_it_died(number: int, *, out_of_memory: bool) -> tuple[Cause, str]:
     if number in CRASHES:
         return Cause.CODE, f"crashed by {name}"
     return Cause.KILLED, f"killed by {name}"
-
-
-def oom_kills() -> int:
-    """How many processes of this job the kernel has killed for their memory, where it tells."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return 0
-    for line in lines:
-        _, controllers, place = line.split(":", 2)
-        if controllers == "memory":  # cgroup v1
-            path = Path(f"/sys/fs/cgroup/memory{place}/memory.oom_control")
-        elif not controllers:
-            path = Path(f"/sys/fs/cgroup{place}/memory.events")
-        else:
-            continue
-        with suppress(OSError, ValueError, KeyError):
-            return int(dict(row.split() for row in path.read_text().splitlines())["oom_kill"])
-    return 0
 
 
 def job_name() -> str:
